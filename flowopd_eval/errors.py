@@ -1,0 +1,12 @@
+"""The two ways a command can end badly, each with its exit code."""
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done as asked: a wrong name, file or combination. Exit code 2.
+
+    The message names the value, the place and the remedy.
+    """
+
+
+class WorkError(RuntimeError):
+    """The request was right and the work failed: a full disk, a model that draws NaN. Exit code 1."""

@@ -1,0 +1,132 @@
+"""What the parts of the toolkit hand to one another: frozen, plain, importable without torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One line of a prompt file: a stable, unique ``id``, the text, its task, and what its scorer needs besides."""
+
+    id: str
+    prompt: str
+    task: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def seed(self, base_seed: int, k: int) -> int:
+        """Seed of picture ``k`` of this prompt, 0..2**32-1: independent of order, batch, shard and process count."""
+        return int(hashlib.sha256(f"{base_seed}|{self.id}|{k}".encode()).hexdigest()[:8], 16)
+
+    def to_json(self) -> dict[str, Any]:
+        """The prompt-file line of this prompt."""
+        return {"id": self.id, "prompt": self.prompt, "task": self.task, **self.fields}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object found in a picture.
+
+    ``box`` is ``(x1, y1, x2, y2)`` in pixels, right and bottom exclusive; ``score`` is the detector's confidence in
+    0..1; ``colour`` is filled in by a colour classifier for the objects whose colour a prompt asks about.
+    """
+
+    label: str
+    box: Box
+    score: float
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a scorer says of one picture. ``value`` is None when the picture could not be judged; ``error`` says why.
+
+    ``reason`` is one readable sentence a person can check against the picture (empty when there is nothing to say);
+    ``detail`` is JSON: boxes, texts, intermediate numbers.
+    """
+
+    value: float | None
+    reason: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One line of ``samples.jsonl``: a picture, where it lies, and its score. Nothing in it varies between two runs."""
+
+    id: str
+    k: int
+    task: str
+    prompt: str
+    seed: int
+    file: str
+    sha256: str
+    score: float | None = None
+    reason: str = ""
+    detail: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The line as a dictionary, keys in the order of the fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its interval: ``low <= value <= high`` at ``level`` (0.95), from ``n`` pictures."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width, in the units of ``value``."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class SamplingRecord:
+    """What decides a picture besides model, prompt and seed.
+
+    ``width`` and ``height`` in pixels; ``text_length`` in T5 tokens (0: no T5); ``sampler`` one of ``euler``, ``sde``,
+    ``cps``, the latter two with noise level ``a``; ``dtype`` a torch dtype's name.
+    """
+
+    steps: int
+    guidance: float
+    shift: float
+    width: int
+    height: int
+    text_length: int
+    sampler: str = "euler"
+    a: float = 0.0
+    dtype: str = "float32"
+    negative_prompt: str = ""
+
+
+# Stable Diffusion 3.5 Medium as the paper evaluates it (arXiv 2605.08063); text length as in its public code.
+SD35_RECORD = SamplingRecord(
+    steps=40, guidance=4.5, shift=3.0, width=512, height=512, text_length=128, dtype="bfloat16"
+)
+
+
+class Scorer(Protocol):
+    """A judge of pictures: one method that scores, and an identity that stands in every result."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """Name, version, engine and hashes: whatever makes two scores comparable. Plain JSON."""
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
+        """Score each picture against its prompt, in order. A picture that cannot be judged gets ``value=None``."""

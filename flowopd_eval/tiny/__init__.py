@@ -1,0 +1,1 @@
+"""The built-in miniature: its world, its detector, its weights."""
