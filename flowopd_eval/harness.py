@@ -1,0 +1,620 @@
+"""Generate -> score -> store: pictures of a bench drawn, judged and kept, resumable at any moment.
+
+The request fixes the batch plan: prompts in order, each with its ``samples`` pictures, cut into batches. A batch is
+done when its lines are in the journal and its pictures still match them; everything else is drawn again, whole. So a
+run that was killed, continued or cut into shards ends with the same bytes as one that was left alone.
+
+A worker thread saves and judges batch i while batch i + 1 is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import signal
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flowopd_eval import store
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.records import Prompt, Sample, Score, Scorer
+from flowopd_eval.statistics import any_correct, mean_interval, task_mean_interval
+from flowopd_eval.store import WHOLE, BenchFolder, Shard
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger(__name__)
+
+NOT_SCORED = "not scored yet"
+UNKNOWN_SEED = -1  # of pictures that were drawn elsewhere
+_ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
+
+Progress = Callable[[int, int, str], None]
+Metrics = Callable[[Sequence[Sample], float | None], dict[str, Any]]
+
+
+class Generator(Protocol):
+    """What draws: an identity that stands in every result, and pictures from prompts and seeds."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """``model`` (its name), model and adapter hashes, sampling record. Plain JSON."""
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture for each prompt and seed, in order."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; what was finished is on the disk. The message says how far it got and how to go on."""
+
+
+# ----------------------------------------------------------------------------------------------------------- metrics
+
+
+def standard_metrics(samples: Sequence[Sample], correct_at: float | None) -> dict[str, Any]:
+    """GenEval's numbers over the pictures that have a score (official ``summary_scores.py``), with 95 % intervals.
+
+    ``overall`` is the unweighted mean of the task means; ``tasks`` holds each task's mean with ``n`` and ``unscored``;
+    ``images`` is the mean over all pictures. With ``correct_at``, ``prompts_any`` is the share of prompts of which any
+    picture scores at least that. Prompts are the clusters of the intervals.
+    """
+    by_task: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        by_task[sample.task][sample.id].append(sample)
+    clusters = {
+        task: [scores for prompt in prompts.values() if (scores := [s.score for s in prompt if s.score is not None])]
+        for task, prompts in by_task.items()
+    }
+    judged = {task: prompts for task, prompts in clusters.items() if prompts}
+    everyone = [scores for prompts in judged.values() for scores in prompts]
+    metrics: dict[str, Any] = {
+        "overall": asdict(task_mean_interval(judged)) if judged else None,
+        "tasks": {
+            task: {
+                **(asdict(mean_interval(prompts)) if prompts else {"value": None, "low": None, "high": None, "n": 0}),
+                "unscored": sum(s.score is None for prompt in by_task[task].values() for s in prompt),
+                "prompts": len(by_task[task]),
+            }
+            for task, prompts in clusters.items()
+        },
+        "images": asdict(mean_interval(everyone)) if everyone else None,
+    }
+    if correct_at is not None and everyone:
+        right = [[float(score >= correct_at) for score in scores] for scores in everyone]
+        metrics["prompts_any"] = asdict(any_correct(right))
+    return metrics
+
+
+# -------------------------------------------------------------------------------------------------- request and plan
+
+
+@dataclass(frozen=True)
+class BenchRun:
+    """One bench as asked for: prompts, judge, and the fixed batch plan.
+
+    ``key`` is the metric's name in results, ``partial`` says why the prompts are not the whole bench (``--limit 20``)
+    or is None. A picture counts as right from ``correct_at`` on; None for a metric that knows no right and wrong.
+    ``scorer`` is None when pictures are only drawn.
+    """
+
+    bench: str
+    key: str
+    version: int
+    prompts: tuple[Prompt, ...]
+    scorer: Scorer | None
+    samples: int = 4
+    seed: int = 0
+    batch_size: int = 4
+    partial: str | None = None
+    correct_at: float | None = 1.0
+    metrics: Metrics = standard_metrics
+
+    def __post_init__(self) -> None:
+        """Raises ``RequestError`` for a plan that cannot be drawn."""
+        if self.samples < 1 or self.batch_size < 1:
+            raise RequestError(
+                f"Expected at least one picture a prompt and one a batch, but got --samples {self.samples} and "
+                f"--batch-size {self.batch_size}."
+            )
+        if not self.prompts:
+            raise RequestError(f"{self.bench} has no prompts left to draw: widen --tasks or --limit.")
+        seen: set[str] = set()
+        for prompt in self.prompts:
+            if prompt.id in seen:
+                raise RequestError(f"The prompt id {prompt.id!r} occurs twice in {self.bench}: ids must be unique.")
+            seen.add(prompt.id)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of the plan: ``k`` of ``prompt``, its seed and its file below the bench's folder."""
+
+    prompt: Prompt
+    k: int
+    seed: int
+    file: str
+
+
+def plan(prompts: Sequence[Prompt], samples: int, seed: int, batch_size: int) -> list[list[Item]]:
+    """The batches of a request: ``(prompt, k)`` in order, ``k`` fastest, ``batch_size`` at a time."""
+    items = [
+        Item(prompt, k, prompt.seed(seed, k), f"samples/{position:05d}-{k:02d}.png")
+        for position, prompt in enumerate(prompts)
+        for k in range(samples)
+    ]
+    return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+
+
+def _request(run: BenchRun, generator: Mapping[str, Any], scorer: Mapping[str, Any] | None) -> dict[str, Any]:
+    request = {
+        "model": generator["model"],
+        "bench": run.bench,
+        "key": run.key,
+        "version": run.version,
+        "prompts": len(run.prompts),
+        "prompts_sha256": hashlib.sha256(store.prompt_lines(run.prompts)).hexdigest(),
+        "samples": run.samples,
+        "seed": run.seed,
+        "batch_size": run.batch_size,
+        "partial": run.partial,
+        "correct_at": run.correct_at,
+        "generator": generator,
+        "scorer": scorer,
+    }
+    return json.loads(json.dumps(request))  # as it will be read back
+
+
+def _claim(folder: BenchFolder, request: dict[str, Any], prompts: Sequence[Prompt], note: str) -> None:
+    """Enter the request in ``run.json``, or find it there. Raises ``RequestError`` when another one is there."""
+    with store.changing_run(folder.out) as run:
+        entry = run["runs"].get(folder.entry)
+        if entry is None:
+            store.write_atomic(folder.path / "prompts.jsonl", store.prompt_lines(prompts))
+            run["runs"][folder.entry] = {"request": request, "sessions": []}
+            run["note"] = note or run["note"]
+        elif changed := store.differences(entry["request"], request):
+            raise RequestError(
+                f"{folder.path} already answers another request:\n  "
+                + "\n  ".join(changed)
+                + "\nGive another --out, or repeat the first request to continue it. To judge the pictures that are "
+                "there with another judge: flowopd-eval score."
+            )
+
+
+# --------------------------------------------------------------------------------------------------- draw and judge
+
+
+def run_bench(
+    run: BenchRun,
+    generator: Generator,
+    out: Path,
+    *,
+    shard: Shard = WHOLE,
+    note: str = "",
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Draw and judge what is still missing of ``run`` in ``out``; returns the summary (of all shards that are there).
+
+    ``note`` says in plain words what is evaluated; it heads the report. ``progress(done, total, text)`` counts pictures
+    of this shard; it is called after each batch, from the worker thread. Call again with the same request to continue;
+    a finished run draws nothing.
+
+    Raises ``RequestError`` when ``out`` answers another request or another process is at work on this shard,
+    ``WorkError`` when the disk is full, ``Interrupted`` at Ctrl-C and SIGTERM.
+    """
+    scorer_identity = dict(run.scorer.identity()) if run.scorer else None  # first: it may lack a dependency
+    request = _request(run, generator.identity(), scorer_identity)
+    folder = BenchFolder.of(out, request["model"], run.bench)
+    title = f"{request['model']} on {run.bench}"
+    with folder.alone(shard.journal):
+        _claim(folder, request, run.prompts, note)
+        batches = plan(run.prompts, run.samples, run.seed, run.batch_size)[shard.index :: shard.count]
+        done = _finished_batches(folder, batches)
+        total = sum(map(len, batches))
+        progress(sum(map(len, done.values())), total, title)
+        if len(done) < len(batches):
+            with _session(folder, f"draw {shard}") as session:
+                _draw(run, generator, folder, shard, batches, done, session, lambda n: progress(n, total, title))
+    return finish(folder, run.metrics)
+
+
+def _finished_batches(folder: BenchFolder, batches: Sequence[Sequence[Item]]) -> dict[int, list[Sample]]:
+    """The batches that need not be drawn: position -> their samples. A damaged picture or line is warned of."""
+    known = _by_picture(_salvage(folder))
+    done = {}
+    for position, batch in enumerate(batches):
+        samples = [known.get((item.prompt.id, item.k)) for item in batch]
+        kept = [s for item, s in zip(batch, samples, strict=True) if s and (s.file, s.seed) == (item.file, item.seed)]
+        damaged = [s.file for s in kept if store.file_sha256(folder.path / s.file) != s.sha256]
+        if damaged:
+            _log.warning("%s: %s missing or changed since it was drawn; drawn again.", folder.path, ", ".join(damaged))
+        elif len(kept) == len(batch):
+            done[position] = kept
+    return done
+
+
+def _by_picture(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
+    """Samples by prompt id and ``k``; the first of several counts."""
+    return {(sample.id, sample.k): sample for sample in reversed(samples)}
+
+
+def _salvage(folder: BenchFolder) -> list[Sample]:
+    """Every sample that can be read from the folder's journals."""
+    samples = []
+    for path in folder.journals():
+        for number, line in enumerate(store.whole_lines(path), 1):
+            try:
+                samples.append(store.parse_sample(line, f"{path}, line {number}"))
+            except RequestError as error:
+                _log.warning("%s Drawn again.", error)
+    return samples
+
+
+def _draw(
+    run: BenchRun,
+    generator: Generator,
+    folder: BenchFolder,
+    shard: Shard,
+    batches: Sequence[Sequence[Item]],
+    done: Mapping[int, Sequence[Sample]],
+    session: dict[str, Any],
+    progress: Callable[[int], None],
+) -> None:
+    """Draw the batches that are not in ``done``; their lines go to the shard's journal as they are judged."""
+    jobs: deque[Future[None]] = deque()
+    kept = [sample for position in sorted(done) for sample in done[position]]
+
+    def keep(batch: Sequence[Item], images: Sequence[Image.Image]) -> None:
+        """In the worker thread, which no signal reaches."""
+        journal.append(_store_and_judge(folder, run.scorer, batch, images))
+        session["pictures"] += len(batch)
+        progress(len(kept) + session["pictures"])
+
+    def settle(waiting: int) -> None:
+        """Wait until at most ``waiting`` batches are not kept yet; raises what went wrong with them."""
+        while len(jobs) > waiting:
+            jobs[0].result()
+            jobs.popleft()
+
+    with (
+        closing(store.Journal(folder.path / shard.journal, kept)) as journal,
+        ThreadPoolExecutor(1, "score") as pool,
+        _termination_as_interrupt(),
+    ):
+        try:
+            for position, batch in enumerate(batches):
+                if position not in done:
+                    images = generator.generate([item.prompt for item in batch], [item.seed for item in batch])
+                    if len(images) != len(batch):
+                        raise WorkError(f"The generator drew {len(images)} pictures for a batch of {len(batch)}.")
+                    jobs.append(pool.submit(keep, batch, images))
+                    settle(waiting=1)
+            settle(waiting=0)
+        except KeyboardInterrupt as interrupt:
+            settle(waiting=0)
+            finished, total = len(kept) + session["pictures"], sum(map(len, batches))
+            raise Interrupted(
+                f"Stopped after {finished} of {total} pictures of {folder.entry}. They are kept in {folder.out}: give "
+                f"the same command with --out {folder.out} to continue."
+            ) from interrupt
+        except Exception:
+            with suppress(Exception):  # the first error is the one to show
+                settle(waiting=0)
+            raise
+
+
+def _store_and_judge(
+    folder: BenchFolder, scorer: Scorer | None, batch: Sequence[Item], images: Sequence[Image.Image]
+) -> list[Sample]:
+    pictures = [image.convert("RGB") for image in images]
+    hashes = [store.write_picture(folder.path / item.file, image) for item, image in zip(batch, pictures, strict=True)]
+    samples = [
+        Sample(i.prompt.id, i.k, i.prompt.task, i.prompt.prompt, i.seed, i.file, sha256, error=NOT_SCORED)
+        for i, sha256 in zip(batch, hashes, strict=True)
+    ]
+    if scorer is None:
+        return samples
+    scores = judge(scorer, pictures, [item.prompt for item in batch])
+    return [_scored(sample, score) for sample, score in zip(samples, scores, strict=True)]
+
+
+def judge(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
+    """Scores of pictures. When the scorer raises, each picture is tried alone: one bad one does not take the others.
+
+    A picture on which it raises again, or whose score is not a finite number, is unscored with the error's text.
+    """
+    try:
+        scores = scorer.score(images, prompts)
+        if len(scores) != len(images):
+            raise ValueError(f"the scorer gave {len(scores)} scores for {len(images)} pictures")
+        return [_plain(score) for score in scores]
+    except Exception as error:  # a scorer may raise anything, and the run goes on
+        if len(images) == 1:
+            traced = _log.isEnabledFor(logging.DEBUG)
+            _log.warning("A picture of prompt %r could not be judged: %r", prompts[0].id, error, exc_info=traced)
+            # addresses of objects differ between two runs of the same request
+            return [Score(None, error=_ADDRESS.sub("0x…", f"{type(error).__name__}: {error}"))]
+        return [judge(scorer, [image], [prompt])[0] for image, prompt in zip(images, prompts, strict=True)]
+
+
+def _plain(score: Score) -> Score:
+    """The score as it will be read back from its line. Raises when it cannot be written."""
+    if score.value is not None and not isfinite(score.value):
+        raise ValueError(f"the score is {score.value}")
+    return Score(
+        None if score.value is None else float(score.value),
+        str(score.reason),
+        json.loads(json.dumps(score.detail, allow_nan=False)),
+        score.error,
+    )
+
+
+def _scored(sample: Sample, score: Score) -> Sample:
+    return replace(sample, score=score.value, reason=score.reason, detail=score.detail, error=score.error)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """SIGTERM (a scheduler's way of stopping a job) ends the work as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _session(folder: BenchFolder, work: str) -> Iterator[dict[str, Any]]:
+    """One sitting, entered in ``run.json`` at its start and again at its end, however it ends."""
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    session = {"work": work, "status": "running", "pictures": 0, "started": started, "wall_s": None}
+    session |= store.provenance()
+    with store.changing_run(folder.out) as run:
+        sessions = run["runs"][folder.entry]["sessions"]
+        place = len(sessions)
+        sessions.append(session)
+    start = time.monotonic()
+    status = "failed"
+    try:
+        yield session
+        status = "finished"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        session.update(status=status, wall_s=round(time.monotonic() - start, 3))
+        with suppress(WorkError), store.changing_run(folder.out) as run:
+            run["runs"][folder.entry]["sessions"][place] = session
+
+
+# ------------------------------------------------------------------------------------------------ merge and summary
+
+
+def finish(folder: BenchFolder, metrics: Metrics = standard_metrics) -> dict[str, Any]:
+    """Summarise what is there and write ``summary.json``; once nothing is missing, merge the shards and drop them.
+
+    The merged ``samples.jsonl`` has the bytes of an unsharded run. Missing pictures make the summary partial, by name.
+    Raises ``RequestError`` for a damaged journal.
+    """
+    with store.changing_run(folder.out):  # the last shards may end at the same time
+        samples, missing = collect(folder)
+        summary = summarise(folder.request(), samples, missing, metrics)
+        if not missing:
+            lines = b"".join(store.json_line(sample.to_json()) for sample in samples)
+            if not folder.samples.exists() or folder.samples.read_bytes() != lines:
+                store.write_atomic(folder.samples, lines)
+            for _, path in folder.shards():
+                path.unlink(missing_ok=True)
+            for left in (*folder.path.glob(".*.tmp"), *folder.path.glob("samples/.*.tmp")):
+                left.unlink(missing_ok=True)  # of a process that was killed
+        store.write_json(folder.summary, summary)
+    return summary
+
+
+def collect(folder: BenchFolder) -> tuple[list[Sample], list[str]]:
+    """The samples that are there, in the plan's order, and what is missing, in words. Raises ``RequestError``."""
+    request = folder.request()
+    known = _by_picture([sample for path in folder.journals() for sample in store.read_samples(path)])
+    batches = plan(folder.prompts(), request["samples"], request["seed"], request["batch_size"])
+    absent = [sum((i.prompt.id, i.k) not in known for i in batch) for batch in batches]
+    samples = [known[i.prompt.id, i.k] for batch in batches for i in batch if (i.prompt.id, i.k) in known]
+    missing = []
+    if any(absent):
+        missing.append(f"{sum(absent)} of {sum(map(len, batches))} pictures are not drawn yet")
+        counts = {shard.count for shard, _ in folder.shards()}
+        for count in sorted(counts):
+            for index in range(count):
+                if lacking := sum(absent[index::count]):
+                    missing.append(f"shard {index}/{count} lacks {lacking} pictures")
+    if gone := sum(not folder.picture(s.file).exists() for s in samples):
+        missing.append(f"{gone} pictures are gone from the folder")
+    return samples, missing
+
+
+def summarise(
+    request: Mapping[str, Any],
+    samples: Sequence[Sample],
+    missing: Sequence[str] = (),
+    metrics: Metrics = standard_metrics,
+) -> dict[str, Any]:
+    """``summary.json``: metrics, counts, why it is partial (or null), and all that makes it comparable."""
+    unscored = sum(sample.score is None for sample in samples)
+    computed = metrics(samples, request["correct_at"])
+    reasons = [request["partial"]] if request["partial"] else []
+    reasons += missing
+    reasons += [
+        f"no picture of {task} has a score" for task, one in computed.get("tasks", {}).items() if one["value"] is None
+    ]
+    same = ("bench", "key", "version", "model")
+    return {
+        "schema": store.SCHEMA,
+        **{field: request[field] for field in same},
+        "metrics": computed,
+        "n": len(samples) - unscored,
+        "unscored": unscored,
+        "expected": request["prompts"] * request["samples"],
+        "partial": "; ".join(reasons) or None,
+        **{field: value for field, value in request.items() if field not in (*same, "partial")},
+    }
+
+
+# -------------------------------------------------------------------------------------- judging pictures that exist
+
+
+def rescore(
+    folder: BenchFolder,
+    scorer: Scorer,
+    *,
+    again: bool = False,
+    batch_size: int = 8,
+    metrics: Metrics = standard_metrics,
+    progress: Progress = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Judge the pictures of a run and replace their scores; returns the new summary.
+
+    With the judge that is on record only the pictures without a score are judged; with another judge (or ``again``)
+    all of them. The old scores stay in place until the last picture is judged; an interrupted call continues.
+    Raises ``RequestError`` while shards are missing.
+    """
+    identity = json.loads(json.dumps(dict(scorer.identity())))
+    everything = again or folder.request()["scorer"] != identity
+    with folder.alone(WHOLE.journal):
+        samples, missing = collect(folder)
+        if folder.shards():
+            raise RequestError(f"{folder.path} is not complete ({'; '.join(missing)}): run the missing shards first.")
+        todo = [sample for sample in samples if everything or sample.score is None]
+        path = folder.path / f"rescore-{hashlib.sha256(store.json_line(identity)).hexdigest()[:12]}.jsonl"
+        drawn = {(s.id, s.k): s.sha256 for s in samples}
+        judged = [s for s in store.read_samples(path) if drawn.get((s.id, s.k)) == s.sha256]
+        with closing(store.Journal(path, judged)) as journal, _session(folder, "judge") as session:
+            judged += _judge_rest(folder, scorer, todo, judged, batch_size, journal, session, progress)
+        scored = _by_picture(judged)
+        lines = [store.json_line(scored.get((s.id, s.k), s).to_json()) for s in samples]
+        store.write_atomic(folder.samples, b"".join(lines))
+        with store.changing_run(folder.out) as run:
+            run["runs"][folder.entry]["request"]["scorer"] = identity
+        path.unlink()
+    return finish(folder, metrics)
+
+
+def _judge_rest(
+    folder: BenchFolder,
+    scorer: Scorer,
+    todo: Sequence[Sample],
+    judged: Sequence[Sample],
+    batch_size: int,
+    journal: store.Journal,
+    session: dict[str, Any],
+    progress: Progress,
+) -> list[Sample]:
+    """Judge what of ``todo`` is not in ``judged``, each batch straight into the journal."""
+    known = _by_picture(judged)
+    prompts = {prompt.id: prompt for prompt in folder.prompts()}
+    left = [sample for sample in todo if (sample.id, sample.k) not in known]
+    result: list[Sample] = []
+    try:
+        with _termination_as_interrupt():
+            for start in range(0, len(left), batch_size):
+                batch = left[start : start + batch_size]
+                scored = _judge_files(folder, scorer, batch, [prompts[sample.id] for sample in batch])
+                journal.append(scored)
+                result += scored
+                session["pictures"] += len(scored)
+                progress(len(todo) - len(left) + len(result), len(todo), f"judging {folder.entry}")
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted(
+            f"Stopped after judging {len(todo) - len(left) + len(result)} of {len(todo)} pictures of {folder.entry}. "
+            f"The scores in {folder.path} are as they were: give the same command to continue."
+        ) from interrupt
+    return result
+
+
+def _judge_files(
+    folder: BenchFolder, scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[Prompt]
+) -> list[Sample]:
+    """Judge pictures from their files; one that cannot be read is unscored."""
+    result = list(samples)
+    readable, images = [], []
+    for position, sample in enumerate(samples):
+        try:
+            images.append(store.read_picture(folder.picture(sample.file)))
+            readable.append(position)
+        except (OSError, ValueError, SyntaxError) as error:
+            unreadable = Score(None, error=f"the picture cannot be read ({type(error).__name__})")
+            result[position] = _scored(sample, unreadable)
+    scores = judge(scorer, images, [prompts[position] for position in readable]) if images else []
+    for position, score in zip(readable, scores, strict=True):
+        result[position] = _scored(samples[position], score)
+    return result
+
+
+def import_geneval(source: Path, out: Path, run: BenchRun, *, model: str, note: str = "") -> BenchFolder:
+    """Copy pictures that lie in GenEval's layout into a run, unscored: ``rescore`` then judges them.
+
+    ``source`` holds ``NNNNN/metadata.jsonl`` (one GenEval record) and ``NNNNN/samples/<digits>.png``, as the official
+    evaluation reads them. ``run`` says which bench they belong to; prompts and number of pictures are the folder's.
+    The same pictures again are left as they are, with their scores. Raises ``RequestError`` when there are none.
+    """
+    found = _geneval_folders(source)
+    if not any(files for _, files in found):
+        raise RequestError(f"{source} has no pictures in GenEval's layout (NNNNN/metadata.jsonl, NNNNN/samples/*.png).")
+    run = replace(
+        run,
+        prompts=tuple(prompt for prompt, _ in found),
+        samples=max(len(files) for _, files in found),
+        seed=UNKNOWN_SEED,
+    )
+    digest = hashlib.sha256()
+    copies: dict[Path, Sample] = {}
+    items = {(i.prompt.id, i.k): i for batch in plan(run.prompts, run.samples, run.seed, run.batch_size) for i in batch}
+    for prompt, files in found:
+        for k, path in enumerate(files):
+            sha256, file = hashlib.sha256(path.read_bytes()).hexdigest(), items[prompt.id, k].file
+            digest.update(sha256.encode())
+            copies[path] = Sample(
+                prompt.id, k, prompt.task, prompt.prompt, UNKNOWN_SEED, file, sha256, error=NOT_SCORED
+            )
+    request = _request(run, {"model": model, "pictures_sha256": digest.hexdigest()}, None)
+    folder = BenchFolder.of(out, model, run.bench)
+    with folder.alone(WHOLE.journal):
+        if folder.samples.exists():
+            request["scorer"] = folder.request()["scorer"]
+        _claim(folder, request, run.prompts, note)
+        if not folder.samples.exists():
+            for path, sample in copies.items():
+                store.write_atomic(folder.path / sample.file, path.read_bytes())
+            lines = [store.json_line(sample.to_json()) for sample in copies.values()]
+            store.write_atomic(folder.samples, b"".join(lines))
+    return folder
+
+
+def _geneval_folders(source: Path) -> list[tuple[Prompt, list[Path]]]:
+    """Prompt and pictures of each numbered folder, by number. Raises ``RequestError`` for a bad record."""
+    found = []
+    for folder in sorted(path for path in source.glob("*/") if path.name.isdigit()):
+        metadata = folder / "metadata.jsonl"
+        try:
+            record = json.loads(metadata.read_text())
+            prompt = Prompt(folder.name, record.pop("prompt"), record.pop("tag"), record)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"{metadata} is not a GenEval record with tag and prompt: {error}") from error
+        files = [path for path in (folder / "samples").glob("*.png") if path.stem.isdigit()]
+        found.append((prompt, sorted(files, key=lambda path: int(path.stem))))
+    return found
