@@ -74,5 +74,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Config:
     try:
         return TypeAdapter(Recipe).validate_python(values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})" for e in error.errors()]
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
+        ]
         raise ValueError(f"{path} is not a valid recipe:\n" + "\n".join(lines)) from None

@@ -10,6 +10,7 @@ better than linear. What it leaves out: more than one device, mixed precision (t
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -132,7 +133,7 @@ class Base(torch.nn.Module):
         self.text_encoder_2 = build_text_encoder()
 
     def encode_text(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids (B, 16) -> joint text states (B, 16, 192) and pooled vector (B, 192), as SD3's pipeline joins them."""
+        """Token ids (B, 16) -> text states (B, 16, 192) and pooled vector (B, 192), joined as SD3's pipeline does."""
         outputs = [encoder(ids, output_hidden_states=True) for encoder in (self.text_encoder, self.text_encoder_2)]
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         return states, torch.cat([output.text_embeds for output in outputs], dim=-1)
@@ -152,6 +153,7 @@ class Base(torch.nn.Module):
 # --- the loop --------------------------------------------------------------------------------------------------------
 def build_optimizers(model: Base, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
+
     def is_matrix(name: str, p: torch.nn.Parameter) -> bool:
         return p.ndim == 2 and "transformer_blocks" in name and "norm" not in name and config.optimizer == "muon"
 
@@ -185,7 +187,7 @@ def draw_strip(model: Base, basis: dict, prompts: list[str], steps: int = 20, gu
     x = torch.randn(len(prompts), CHANNELS, GRID, GRID, generator=torch.Generator().manual_seed(0))
     u = torch.linspace(1, 0, steps + 1)
     sigmas = 3 * u / (1 + 2 * u)
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in itertools.pairwise(sigmas):
         cond, uncond = model(torch.cat([x, x]), sigma.expand(len(ids)), ids).chunk(2)
         x = x + (following - sigma) * (uncond + guidance * (cond - uncond))
     pictures = ((decode_linear(x, basis).clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()

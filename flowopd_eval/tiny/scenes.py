@@ -18,6 +18,8 @@ from importlib import resources
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flowopd_eval.prompts import article, plural
+
 SIZE = 64
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # colour -> (hue range in degrees, saturation range, value range), HSV
@@ -45,12 +47,11 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SIGN_TASK = "ocr"
-WORDS = (
+WORDS = tuple(
     "BAR BUS CAFE CAR CAT CITY COLD DOG DOOR EAST EXIT FARM FISH FOOD FREE GAME GOLD HELP HOME HOT ICE INN JAZZ KEY "
-    "LAKE LEFT LOVE MAIL MAP MENU MILK MOON NEW NORTH OPEN OUT PARK PAY PIZZA PUB QUIZ RAIN RED ROAD SALE SHOP SKY SOUP "
-    "STAR STOP SUN TAXI TEA TOWN TRAIN UP VAN WEST WIFI WINE YES ZOO"
-).split()
-WORDS = tuple(w for w in WORDS if 2 <= len(w) <= 4)
+    "LAKE LEFT LOVE MAIL MAP MENU MILK MOON NEW OPEN OUT PARK PAY PUB QUIZ RAIN RED ROAD SALE SHOP SKY SOUP STAR STOP SUN "
+    "TAXI TEA TOWN UP VAN WEST WIFI WINE YES ZOO".split()
+)
 
 # Smallest and largest half extent in pixels, by the number of objects in the scene.
 _RADII = {1: (10.0, 15.0), 2: (8.5, 12.5), 3: (8.0, 10.5), 4: (7.5, 9.5)}
@@ -105,16 +106,6 @@ class Scene:
     sign: Sign | None = None
     include: tuple[dict, ...] = ()
     exclude: tuple[dict, ...] = ()
-
-
-def article(word: str) -> str:
-    """``word`` with its indefinite article, by GenEval's rule (``an`` before a, e, i, o, u)."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def plural(noun: str) -> str:
-    """GenEval's plural: ``es`` after an ``s``, else ``s``."""
-    return noun + ("es" if noun.endswith("s") else "s")
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -219,8 +210,7 @@ def sample_scene(rng: np.random.Generator, task: str | None = None, sign_share: 
     if task == "counting":
         rgbs = rgbs[:1] * count
     things = tuple(
-        Thing(s, c, x, y, r, rgb)
-        for s, c, (x, y), r, rgb in zip(shapes, colours, centres, radii, rgbs, strict=False)
+        Thing(s, c, x, y, r, rgb) for s, c, (x, y), r, rgb in zip(shapes, colours, centres, radii, rgbs, strict=False)
     )
     caption, include, exclude = describe(task, shapes, named, count, relation)
     return Scene(f"{prefix} {caption}{where}", task, place, angle, things, None, include, exclude)

@@ -1,8 +1,9 @@
-"""The miniature's words: a closed vocabulary, one token a word, and one token a letter inside straight double quotes."""
+"""The miniature's words: a closed vocabulary, one token a word, one token a letter inside straight double quotes."""
 
 from __future__ import annotations
 
-from flowopd_eval.tiny.scenes import COLOURS, NUMBERS, PLACES, SHAPES, plural
+from flowopd_eval.prompts import plural
+from flowopd_eval.tiny.scenes import COLOURS, NUMBERS, PLACES, SHAPES
 
 TEXT_LENGTH = 16  # tokens a prompt, begin and end included
 PAD, UNKNOWN, BEGIN, END = "<pad>", "<unk>", "<bos>", "<eos>"

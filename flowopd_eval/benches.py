@@ -1,0 +1,130 @@
+"""The one table that ties a bench's flag to its prompts, its scorer, its version and its metric key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flowopd_eval.errors import RequestError
+from flowopd_eval.records import Prompt, Scorer
+
+OCR_SIDE = 160  # pixels; contracts: one value for training and evaluation
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bench: ``flag`` on the command line, for models that draw ``objects``; ``key`` names the metric in results."""
+
+    flag: str
+    objects: str
+    key: str
+    version: int
+    title: str
+    about: str
+    prompts: Callable[[], list[Prompt]]
+    scorer: Callable[[str], Scorer]
+    samples: int = 1
+    protocols: tuple[str, ...] = ("official",)
+
+
+def _official_prompts() -> list[Prompt]:
+    from flowopd_eval.prompts import official_geneval
+
+    return official_geneval()
+
+
+def _shapes_prompts() -> list[Prompt]:
+    from flowopd_eval.tiny.suite import shapes_geneval_prompts
+
+    return shapes_geneval_prompts()
+
+
+def _sign_prompts() -> list[Prompt]:
+    from flowopd_eval.tiny.suite import sign_prompts
+
+    return sign_prompts()
+
+
+def _coco_scorer(protocol: str) -> Scorer:
+    raise RequestError(
+        "GenEval's COCO detector (Mask2Former) and colour classifier are not part of this version yet. Draw the "
+        "pictures with `flowopd-eval generate --bench geneval --model NAME` and score them later with "
+        "`flowopd-eval score DIR`."
+    )
+
+
+def _shapes_scorer(protocol: str) -> Scorer:
+    from flowopd_eval.scorers.geneval import GenEvalScorer
+    from flowopd_eval.tiny.detector import ShapesDetector
+
+    return GenEvalScorer(ShapesDetector(), protocol=protocol)
+
+
+def _sign_scorer(protocol: str) -> Scorer:
+    from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
+
+    return OCRScorer(RapidOCREngine(OCR_SIDE))
+
+
+BENCHES: tuple[Bench, ...] = (
+    Bench(
+        "geneval",
+        "coco",
+        "geneval",
+        1,
+        "GenEval",
+        "553 prompts of six tasks about COCO objects, four pictures each (arXiv 2310.11513)",
+        _official_prompts,
+        _coco_scorer,
+        samples=4,
+    ),
+    Bench(
+        "geneval",
+        "shapes",
+        "shapes_geneval",
+        1,
+        "Shapes-GenEval (miniature)",
+        "GenEval's six tasks and its verdict over the miniature's shapes, judged by the miniature's own detector",
+        _shapes_prompts,
+        _shapes_scorer,
+    ),
+    Bench(
+        "ocr",
+        "shapes",
+        "sign_ocr",
+        1,
+        "Sign OCR (miniature)",
+        "signs with one short word, read by rapidocr and scored by Flow-GRPO's rule",
+        _sign_prompts,
+        _sign_scorer,
+        protocols=("flow-grpo",),
+    ),
+)
+
+
+def find_bench(flag: str, objects: str) -> Bench:
+    """The bench ``flag`` for a model that draws ``objects``.
+
+    Raises:
+        RequestError: unknown flag, or a bench that does not fit the model.
+    """
+    flags = sorted({bench.flag for bench in BENCHES})
+    if flag not in flags:
+        raise RequestError(f"Unknown bench {flag!r}; known: {', '.join(flags)}. `flowopd-eval benches` describes them.")
+    for bench in BENCHES:
+        if (bench.flag, bench.objects) == (flag, objects):
+            return bench
+    fitting = ", ".join(bench.flag for bench in BENCHES if bench.objects == objects)
+    raise RequestError(f"Bench {flag!r} is not there for models that draw {objects}; there is: {fitting}.")
+
+
+def bench_by_key(key: str) -> Bench:
+    """The bench whose metric is ``key``.
+
+    Raises:
+        RequestError: there is no such metric.
+    """
+    for bench in BENCHES:
+        if bench.key == key:
+            return bench
+    raise RequestError(f"Unknown metric {key!r}; known: {', '.join(bench.key for bench in BENCHES)}.")

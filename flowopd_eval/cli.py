@@ -1,0 +1,460 @@
+"""``flowopd-eval``: results on stdout, progress and warnings on stderr.
+
+Exit codes: 0 done, 1 the work failed or was stopped, 2 the request was wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flowopd_eval.errors import RequestError, WorkError
+
+if TYPE_CHECKING:
+    from flowopd_eval.benches import Bench
+    from flowopd_eval.harness import BenchRun, Progress
+    from flowopd_eval.models import ModelSpec
+    from flowopd_eval.records import Prompt, SamplingRecord
+    from flowopd_eval.store import Shard
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Draw and score text-to-image benches with the Flow-OPD student, its experts, or any SD3 model.",
+)
+
+BenchOption = Annotated[list[str] | None, typer.Option("--bench", help="Bench to run; repeatable. See `benches`.")]
+ModelOption = Annotated[
+    list[str] | None, typer.Option("--model", help="Model: family:member, folder or hub:REPO@REV; repeatable.")
+]
+LoraOption = Annotated[str | None, typer.Option(help="LoRA to put on the model: folder, file or hub:REPO@REV.")]
+OutOption = Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/<date>-<bench>-<model>).")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first N prompts of each task.")]
+TasksOption = Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")]
+SamplesOption = Annotated[int | None, typer.Option(min=1, help="Pictures a prompt (default: the bench's).")]
+StepsOption = Annotated[int | None, typer.Option(min=1, help="Sampling steps (default: the model's record).")]
+GuidanceOption = Annotated[float | None, typer.Option(min=0, help="Guidance scale (default: the model's record).")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Base seed.")]
+BatchOption = Annotated[
+    int | None, typer.Option(min=1, help="Pictures drawn at a time (default: 16; 4 at 512 pixels).")
+]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's record).")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: cuda where there is one).")]
+ProtocolOption = Annotated[str | None, typer.Option(help="Scoring protocol (default: the bench's first).")]
+PromptsOption = Annotated[Path | None, typer.Option(help="Prompt file instead of the bench's own (JSON lines).")]
+ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of a run say."""
+
+    benches: Sequence[str]
+    models: Sequence[str]
+    lora: str | None
+    out: Path | None
+    limit: int | None
+    tasks: str | None
+    samples: int | None
+    steps: int | None
+    guidance: float | None
+    seed: int
+    batch_size: int | None
+    dtype: str | None
+    device: str | None
+    protocol: str | None
+    prompts: Path | None
+    shard: str | None
+
+
+def _version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(f"flowopd-eval {version('flowopd-eval')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    bench: BenchOption = None,
+    model: ModelOption = None,
+    lora: LoraOption = None,
+    out: OutOption = None,
+    limit: LimitOption = None,
+    tasks: TasksOption = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    protocol: ProtocolOption = None,
+    prompts: PromptsOption = None,
+    shard: ShardOption = None,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Draw and score: `flowopd-eval --bench geneval --model flow-opd`. Without --model, the built-in miniature."""
+    if context.invoked_subcommand is not None:
+        if bench or model:
+            raise RequestError(f"Put the options of `{context.invoked_subcommand}` after its name.")
+        return
+    if not bench:
+        raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")
+    _draw(
+        Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
+                 device, protocol, prompts, shard),
+        score=True,
+    )  # fmt: skip
+
+
+@app.command()
+def generate(
+    bench: BenchOption = None,
+    model: ModelOption = None,
+    lora: LoraOption = None,
+    out: OutOption = None,
+    limit: LimitOption = None,
+    tasks: TasksOption = None,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
+    guidance: GuidanceOption = None,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    prompts: PromptsOption = None,
+    shard: ShardOption = None,
+) -> None:
+    """Only draw a bench's pictures; `score` judges them later."""
+    if not bench:
+        raise RequestError("Nothing to draw: name a bench (`--bench geneval`).")
+    _draw(
+        Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
+                 device, None, prompts, shard),
+        score=False,
+    )  # fmt: skip
+
+
+@app.command()
+def score(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or a folder in GenEval's layout.")],
+    bench: Annotated[
+        str, typer.Option(help="Metric of a foreign folder: a bench's key, as `benches` lists.")
+    ] = "geneval",
+    model: Annotated[str, typer.Option(help="Name of the model that drew a foreign folder.")] = "unknown",
+    out: OutOption = None,
+    protocol: ProtocolOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,
+) -> None:
+    """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout."""
+    from flowopd_eval import harness, store
+    from flowopd_eval.benches import bench_by_key
+
+    if not folder.is_dir():
+        raise RequestError(f"{folder} is not a folder. Give a run, or a folder with NNNNN/metadata.jsonl and samples/.")
+    if (folder / "run.json").exists():
+        out, folders = folder, store.bench_folders(folder)
+    else:
+        kind = bench_by_key(bench)
+        out = out or Path("runs") / f"score-{folder.resolve().name}"
+        run = harness.BenchRun(kind.flag, kind.key, kind.version, tuple(kind.prompts()[:1]), None)
+        folders = [harness.import_geneval(folder, out, run, model=model)]
+    for entry in folders:
+        kind = bench_by_key(entry.request()["key"])
+        with _progress() as progress:
+            harness.rescore(entry, kind.scorer(protocol or kind.protocols[0]), again=again, progress=progress)
+    _conclude(out)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")]) -> None:
+    """Merge a run's shards, sum it up, and write its report.html."""
+    _conclude(folder)
+
+
+@app.command()
+def models() -> None:
+    """List the models that are known by name."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flowopd_eval.models import FAMILIES, REAL_MODEL_HELP
+
+    for family in FAMILIES.values():
+        r = family.record
+        settings = f"{r.width}x{r.height}, {r.steps} steps, guidance {r.guidance:g}, shift {r.shift:g}, {r.dtype}"
+        table = Table("model", "what it is", "adapter", title=f"{family.about}\n{settings}", title_justify="left")
+        for name, member in family.members.items():
+            table.add_row(f"{family.name}:{name}", member.about, member.adapter or "-")
+        Console().print(table)
+    typer.echo(REAL_MODEL_HELP)
+
+
+@app.command()
+def benches() -> None:
+    """List the benches."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flowopd_eval.benches import BENCHES
+
+    table = Table("--bench", "for", "metric", "version", "what it measures", title="Benches", title_justify="left")
+    for bench in BENCHES:
+        table.add_row(bench.flag, bench.objects, bench.key, str(bench.version), f"{bench.title}: {bench.about}")
+    Console().print(table)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="LoRA: folder, file or hub:REPO@REV.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha, where the file does not tell it.")] = None,
+) -> None:
+    """Write a LoRA so that it loads at full strength in diffusers, PEFT and ComfyUI."""
+    from flowopd_eval.adapters import read_adapter, write_adapter
+
+    adapter = read_adapter(source, alpha=alpha)
+    write_adapter(adapter, out)
+    typer.echo(
+        f"{source}: {len(adapter.factors)} modules, rank {adapter.rank}, alpha {adapter.alpha} ({adapter.alpha_from})"
+    )
+    typer.echo(f"Written to {out}, scale included: pytorch_lora_weights.safetensors (diffusers, ComfyUI), PEFT folder.")
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[str], typer.Argument(metavar="SOURCE=WEIGHT...", help="LoRAs or model names with weights.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank of the result (default: the largest of the parts).")
+    ] = None,
+    method: Annotated[str, typer.Option(help="exact: mean of the products; factors: as the public script.")] = "exact",
+) -> None:
+    """Merge LoRAs into one: `flowopd-eval merge A=0.5 B=0.5 --out DIR`."""
+    from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
+
+    weighted = [(read_adapter(source), weight) for source, weight in map(_weighted_source, parts)]
+    merged, merge_report = merge_adapters(weighted, rank=rank, method=method)
+    write_adapter(merged, out)
+    size = f"{len(merged.factors)} modules at rank {merged.rank}"
+    typer.echo(f"{size}; {merge_report.discarded_energy:.2%} of the energy discarded. Written to {out}.")
+
+
+def _weighted_source(text: str) -> tuple[str, float]:
+    from flowopd_eval.models import FAMILIES, resolve
+
+    source, separator, number = text.rpartition("=")
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = float("nan")
+    if not separator or weight != weight:
+        raise RequestError(f"Expected SOURCE=WEIGHT, such as expert/=0.5, but got {text!r}.")
+    if source.partition(":")[0] in FAMILIES:
+        adapter = resolve(source).adapter
+        if adapter is None:
+            raise RequestError(f"{source} has no adapter to merge.")
+        return adapter, weight
+    return source, weight
+
+
+# ---------------------------------------------------------------------------------------------------- the main job
+
+
+def _draw(settings: Settings, *, score: bool) -> None:
+    from flowopd_eval import harness
+    from flowopd_eval.benches import find_bench
+    from flowopd_eval.models import Backbone, resolve
+
+    specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
+    work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
+    plans = [(spec, _bench_run(settings, bench, spec, score=score)) for spec, bench in work]
+    out = settings.out or _default_out(settings.benches, specs)
+    shard = _shard(settings.shard)
+    device = _device(settings.device)
+    note = _note(specs)
+    for base in dict.fromkeys(spec.base for spec in specs):
+        mine = [spec for spec in specs if spec.base == base]
+        with _status(f"loading {', '.join(spec.name for spec in mine)}"):
+            backbone = Backbone(base, mine, device, settings.dtype)
+            backbone.pipeline  # noqa: B018  (loads)
+        for spec, run in plans:
+            if spec.base == base:
+                generator = backbone.generator(spec, _record(settings, spec))
+                with _progress() as progress:
+                    harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
+    _conclude(out)
+
+
+def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
+    from flowopd_eval.harness import BenchRun
+    from flowopd_eval.prompts import read_prompts
+
+    protocol = settings.protocol or bench.protocols[0]
+    if protocol not in bench.protocols:
+        raise RequestError(f"Bench {bench.flag} has no protocol {protocol!r}; it has: {', '.join(bench.protocols)}.")
+    prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
+    chosen, partial = _choose(prompts, settings.tasks, settings.limit)
+    default_batch = 16 if spec.record.width <= 128 else 4
+    return BenchRun(
+        bench=bench.flag,
+        key=bench.key,
+        version=bench.version,
+        prompts=tuple(chosen),
+        scorer=bench.scorer(protocol) if score else None,
+        samples=settings.samples or bench.samples,
+        seed=settings.seed,
+        batch_size=settings.batch_size or default_batch,
+        partial=partial,
+    )
+
+
+def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> tuple[list[Prompt], str | None]:
+    """The prompts that --tasks and --limit leave, and in words why they are not all."""
+    chosen, why = list(prompts), []
+    if tasks:
+        wanted = [task.strip() for task in tasks.split(",")]
+        known = dict.fromkeys(prompt.task for prompt in prompts)
+        for task in wanted:
+            if task not in known:
+                raise RequestError(f"--tasks: there is no task {task!r} here; there are: {', '.join(known)}.")
+        chosen = [prompt for prompt in chosen if prompt.task in wanted]
+        why.append(f"--tasks {','.join(wanted)}")
+    if limit:
+        seen: dict[str, int] = {}
+        for prompt in chosen:
+            seen[prompt.task] = seen.get(prompt.task, 0) + 1
+        if any(count > limit for count in seen.values()):
+            kept: dict[str, int] = {}
+            chosen = [
+                p for p in chosen if kept.setdefault(p.task, 0) < limit and not kept.update({p.task: kept[p.task] + 1})
+            ]
+            why.append(f"--limit {limit}")
+    return chosen, " ".join(why) or None
+
+
+def _record(settings: Settings, spec: ModelSpec) -> SamplingRecord:
+    changes: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
+    return replace(spec.record, **{name: value for name, value in changes.items() if value is not None})
+
+
+def _default_out(flags: Sequence[str], specs: Sequence[ModelSpec]) -> Path:
+    import time
+
+    stem = "-".join([time.strftime("%Y%m%d-%H%M%S"), *dict.fromkeys(flags), *(spec.slug for spec in specs)])
+    return Path("runs") / stem[:120]
+
+
+def _shard(text: str | None) -> Shard:
+    """The shard asked for, or this process's part of an ``accelerate launch`` / ``torchrun``."""
+    from flowopd_eval.store import WHOLE, Shard
+
+    if text is not None:
+        return Shard.parse(text)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        local = os.environ.get("LOCAL_RANK", "0")
+        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RequestError(f"--device {name!r} is not a device; give cpu, cuda, cuda:1 or mps.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RequestError(f"--device {name}: PyTorch {torch.__version__} finds no CUDA device here; use --device cpu.")
+    return name
+
+
+def _note(specs: Sequence[ModelSpec]) -> str:
+    if all(spec.base == "builtin:tiny" for spec in specs):
+        return "Evaluated: the built-in miniature, not SD3.5. Its scores compare with nothing but the miniature's own."
+    return "Evaluated: " + "; ".join(f"{spec.name} ({spec.about})" for spec in specs) + "."
+
+
+# -------------------------------------------------------------------------------------------------- what is printed
+
+
+@contextmanager
+def _status(text: str) -> Iterator[None]:
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A progress bar on stderr that follows the harness."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
+def _conclude(out: Path) -> None:
+    """Table, report, and where everything is."""
+    from rich.console import Console
+
+    from flowopd_eval import report as reporting
+    from flowopd_eval import store
+    from flowopd_eval.models import REAL_MODEL_HELP
+
+    page = reporting.write_report(out)
+    Console().print(reporting.terminal_table(reporting.summarise_run(out)))
+    note = store.read_run(out)["note"]
+    lines = [
+        note,
+        REAL_MODEL_HELP if "miniature" in note else "",
+        f"Pictures: {', '.join(str(folder.path / 'samples') for folder in store.bench_folders(out))}",
+        f"Per-picture log: {', '.join(str(path) for f in store.bench_folders(out) for path in f.journals())}",
+        f"Report: {page}",
+    ]
+    for line in filter(None, lines):
+        typer.echo(line)
+
+
+def run() -> None:
+    """Entry point: errors become one message on stderr and an exit code."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="flowopd-eval: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    try:
+        app()
+    except RequestError as error:
+        _fail(error, 2)
+    except WorkError as error:
+        _fail(error, 1)
+    except KeyboardInterrupt as interrupt:
+        _fail(interrupt, 1)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    print(f"flowopd-eval: {error or 'stopped'}", file=sys.stderr)
+    sys.exit(code)

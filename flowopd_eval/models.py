@@ -1,0 +1,278 @@
+"""The published and the built-in models by name, as data, and how a name becomes something that draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.records import SD35_RECORD, Prompt, SamplingRecord
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from flowopd_eval.pipeline import FlowOPDPipeline
+
+TINY_RECORD = SamplingRecord(steps=20, guidance=4.5, shift=3.0, width=64, height=64, text_length=0, dtype="float32")
+REAL_MODEL_HELP = (
+    "The real model is Stable Diffusion 3.5 Medium (about 16 GB to download, a CUDA card with 24 GB or less with "
+    "offloading): accept its licence at https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, run "
+    "`hf auth login`, then `flowopd-eval --bench geneval --model flow-opd`."
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One member of a family: the adapter that makes it (None: the bare backbone) and a line about it."""
+
+    adapter: str | None
+    about: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that share one backbone, one sampling record and one kind of picture (``objects``: which benches fit)."""
+
+    name: str
+    base: str
+    record: SamplingRecord
+    members: Mapping[str, Member]
+    objects: str
+    about: str
+
+
+def _tiny_folder() -> Path:
+    return Path(str(resources.files("flowopd_eval.tiny").joinpath("weights")))
+
+
+FAMILIES: dict[str, Family] = {
+    "flow-opd": Family(
+        "flow-opd",
+        "hub:stabilityai/stable-diffusion-3.5-medium",
+        SD35_RECORD,
+        {
+            "student": Member("hub:CostaliyA/Flow-OPD", "the student of the paper"),
+            "base": Member(None, "Stable Diffusion 3.5 Medium"),
+            "geneval": Member("hub:jieliu/SD3.5M-FlowGRPO-GenEval", "expert of composition"),
+            "ocr": Member("hub:jieliu/SD3.5M-FlowGRPO-Text", "expert of written text"),
+            "pickscore": Member("hub:jieliu/SD3.5M-FlowGRPO-PickScore", "expert of human preference"),
+            "deqa": Member("hub:CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix", "expert of picture quality, and the anchor"),
+        },
+        "coco",
+        "Stable Diffusion 3.5 Medium, 512x512",
+    ),
+    "tiny": Family(
+        "tiny",
+        "builtin:tiny",
+        TINY_RECORD,
+        {"base": Member(None, "the built-in miniature")},
+        "shapes",
+        "the built-in miniature: the same architecture at 1/600 of the size, 64x64 pictures of shapes and signs",
+    ),
+}
+DEFAULT_MEMBERS = ("student", "base")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model as asked for: a backbone, at most one adapter on it, and the sampling record it is drawn with."""
+
+    name: str
+    base: str
+    adapter: str | None
+    record: SamplingRecord
+    objects: str
+    about: str
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder name."""
+        return "".join(c if c.isalnum() or c in "-._" else "-" for c in self.name).strip("-.")
+
+
+def resolve(name: str, lora: str | None = None) -> ModelSpec:
+    """The model that goes by ``name``: ``family``, ``family:member``, a folder, or ``hub:REPO@REVISION``.
+
+    Raises:
+        RequestError: no such family, member or folder.
+    """
+    family_name, _, member_name = name.partition(":")
+    if family_name in FAMILIES:
+        family = FAMILIES[family_name]
+        member_name = member_name or next(m for m in DEFAULT_MEMBERS if m in family.members)
+        if member_name not in family.members:
+            raise RequestError(
+                f"Model {name!r}: {family_name} has no member {member_name!r}; it has: {', '.join(family.members)}."
+            )
+        member = family.members[member_name]
+        if lora and member.adapter:
+            raise RequestError(f"Model {name!r} has an adapter of its own; use --lora with {family_name}:base.")
+        full = f"{family_name}:{member_name}"
+        return ModelSpec(
+            f"{full}+{Path(lora).name}" if lora else full,
+            family.base,
+            lora or member.adapter,
+            family.record,
+            family.objects,
+            family.about if member.adapter is None else member.about,
+        )
+    if name.startswith("hub:") or Path(name).is_dir():
+        label = f"{name}+{Path(lora).name}" if lora else name
+        return ModelSpec(
+            Path(label).name if Path(name).is_dir() else label, name, lora, _record_of(name), "coco", label
+        )
+    raise RequestError(
+        f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION. "
+        "`flowopd-eval models` lists the known names."
+    )
+
+
+def _record_of(source: str) -> SamplingRecord:
+    """The record a saved pipeline carries, else SD3.5-Medium's."""
+    import json
+
+    path = Path(source) / "flow_opd.json"
+    if path.is_file():
+        return SamplingRecord(**json.loads(path.read_text())["record"])
+    return SD35_RECORD
+
+
+def fetch_base(source: str) -> Path:
+    """Folder of the backbone ``source``: built in, on disk, or downloaded from the Hub at its revision.
+
+    Raises:
+        RequestError: the licence is not accepted, there is no such repository, or no network and nothing cached.
+    """
+    if source == "builtin:tiny":
+        folder = _tiny_folder()
+        if not (folder / "model_index.json").is_file():
+            raise RequestError(f"The miniature's weights are missing from {folder}; reinstall flowopd-eval.")
+        return folder
+    if not source.startswith("hub:"):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise RequestError(f"Could not get {repo} from the Hub and it is not in the local cache: {error}") from error
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash of every weight and configuration file of a diffusers folder, by relative path and content.
+
+    Files in the Hub's cache carry their sha256 as the name of the blob they link to; it is taken from there.
+    """
+    import hashlib
+
+    def file_hash(path: Path) -> str:
+        blob = path.resolve().name
+        if path.is_symlink() and len(blob) == 64:
+            return blob
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    wanted = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and "experts" not in p.parts)
+    digest = hashlib.sha256()
+    for path in wanted:
+        digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())
+    return digest.hexdigest()
+
+
+class Backbone:
+    """One backbone in memory with every adapter that a command needs; makes one generator a model."""
+
+    def __init__(self, base: str, specs: Sequence[ModelSpec], device: str, dtype: str | None) -> None:
+        self.folder = fetch_base(base)
+        self.specs = list(specs)
+        self.device = device
+        self.dtype = dtype or specs[0].record.dtype
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the backbone's files."""
+        return folder_sha256(self.folder)
+
+    @cached_property
+    def pipeline(self) -> FlowOPDPipeline:
+        """The pipeline, loaded when first asked for."""
+        from flowopd_eval.quiet import quiet_libraries
+
+        with quiet_libraries():
+            import torch
+
+            from flowopd_eval.pipeline import FlowOPDPipeline
+
+            pipeline = FlowOPDPipeline.from_pretrained(
+                self.folder,
+                experts={spec.name: spec.adapter for spec in self.specs if spec.adapter},
+                record=self.specs[0].record,
+                dtype=getattr(torch, self.dtype),
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    def generator(self, spec: ModelSpec, record: SamplingRecord) -> ModelGenerator:
+        """What draws with ``spec`` by ``record``."""
+        return ModelGenerator(self, spec, replace(record, dtype=self.dtype))
+
+
+@dataclass(frozen=True)
+class ModelGenerator:
+    """Draws with one model of a backbone (see :class:`flowopd_eval.harness.Generator`)."""
+
+    backbone: Backbone
+    spec: ModelSpec
+    record: SamplingRecord
+
+    def identity(self) -> dict[str, Any]:
+        """Name, hashes and sampling record, as plain JSON."""
+        adapter = self.backbone.pipeline.adapter(self.spec.name) if self.spec.adapter else None
+        return {
+            "model": self.spec.name,
+            "base_sha256": self.backbone.sha256,
+            "adapter_sha256": adapter.sha256 if adapter else None,
+            "sampling": asdict(self.record),
+        }
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        """One RGB picture for each prompt and seed.
+
+        Raises:
+            WorkError: the model drew NaN.
+        """
+        import numpy as np
+        from PIL import Image
+
+        output = self.backbone.pipeline(
+            [prompt.prompt for prompt in prompts],
+            expert=self.spec.name if self.spec.adapter else None,
+            seed=list(seeds),
+            num_inference_steps=self.record.steps,
+            guidance_scale=self.record.guidance,
+            height=self.record.height,
+            width=self.record.width,
+            max_sequence_length=self.record.text_length,
+            negative_prompt=self.record.negative_prompt,
+            output_type="np",
+        )
+        pictures = np.asarray(output.images)  # type: ignore[union-attr]
+        if not np.isfinite(pictures).all():
+            bad = [p.id for p, picture in zip(prompts, pictures, strict=True) if not np.isfinite(picture).all()]
+            raise WorkError(
+                f"{self.spec.name} drew NaN for {', '.join(bad)} in {self.record.dtype}; try --dtype float32."
+            )
+        return [Image.fromarray((picture * 255).round().astype("uint8")) for picture in pictures]

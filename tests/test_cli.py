@@ -1,0 +1,187 @@
+"""The command as a user gives it: exit codes, what is said where, and what is on the disk."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from random_adapters import random_adapter
+
+from flowopd_eval import cli
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``flowopd-eval ...`` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flowopd-eval", *map(str, arguments)])
+        code = 0
+        try:
+            cli.run()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """One finished run of twelve pictures, two steps each."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    arguments = ["--bench", "geneval", "--limit", "2", "--steps", "2", "--out", str(out)]
+    program = "import sys; from flowopd_eval.cli import run; sys.argv[0] = 'flowopd-eval'; run()"
+    result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    return out, result
+
+
+def test_the_main_job_says_what_it_did(small_run):
+    out, result = small_run
+    assert result.returncode == 0, result.stderr
+    assert "the built-in miniature, not SD3.5" in result.stdout
+    assert "--model flow-opd" in result.stdout
+    assert "licence" in result.stdout
+    for task in ("single_object", "two_object", "counting", "colors", "position", "color_attr"):
+        assert task in result.stdout
+    for place in ("samples", "samples.jsonl", "report.html"):
+        assert str(out / place) in result.stdout or f"/{place}" in result.stdout
+    assert (out / "report.html").stat().st_size > 5000
+    assert "num_inference_steps is 2 here, but 20" in result.stderr
+
+
+def test_a_run_prints_no_foreign_warnings(small_run):
+    lines = [line for line in small_run[1].stderr.replace("\r", "\n").splitlines() if line.strip()]
+    ours = ("flowopd-eval:", "tiny:base on geneval", "starting")
+    assert [line for line in lines if not line.strip().startswith(ours)] == []
+
+
+def test_the_run_folder_keeps_to_the_contract(small_run):
+    out, _ = small_run
+    bench = out / "tiny-base" / "geneval"
+    samples = [json.loads(line) for line in (bench / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 12
+    assert {"id", "k", "seed", "file", "sha256", "score", "reason", "detail", "error"} <= samples[0].keys()
+    assert all((bench / sample["file"]).is_file() for sample in samples)
+    summary = json.loads((bench / "summary.json").read_text())
+    assert summary["key"] == "shapes_geneval"
+    assert "--limit 2" in summary["partial"]
+    assert summary["generator"]["sampling"]["steps"] == 2
+    assert json.loads((out / "run.json").read_text())["runs"]
+    assert json.loads((out / "summary.json").read_text())["models"]
+
+
+def test_the_same_command_again_draws_nothing_and_changes_nothing(small_run, command):
+    out, _ = small_run
+    before = {path: path.read_bytes() for path in (out / "tiny-base").rglob("*") if path.is_file()}
+    code, stdout, _ = command("--bench", "geneval", "--limit", 2, "--steps", 2, "--out", out)
+    assert code == 0
+    assert "shapes_geneval" in stdout
+    assert before == {path: path.read_bytes() for path in (out / "tiny-base").rglob("*") if path.is_file()}
+
+
+def test_a_changed_request_is_refused_with_the_difference(small_run, command):
+    code, _, stderr = command("--bench", "geneval", "--limit", 2, "--steps", 2, "--seed", 5, "--out", small_run[0])
+    assert code == 2
+    assert "seed: 0 there, 5 asked for" in stderr
+
+
+def test_report_and_score_take_a_finished_run(small_run, command):
+    for words in (["report", small_run[0]], ["score", small_run[0]]):
+        code, stdout, _ = command(*words)
+        assert code == 0
+        assert "report.html" in stdout
+
+
+def test_shards_join_to_the_same_bytes(small_run, command, tmp_path):
+    words = ["generate", "--bench", "geneval", "--limit", 1, "--steps", 1, "--batch-size", 2]
+    assert command(*words, "--out", tmp_path / "whole")[0] == 0
+    for index in range(3):
+        assert command(*words, "--shard", f"{index}/3", "--out", tmp_path / "parts")[0] == 0
+    assert command("report", tmp_path / "parts")[0] == 0
+    whole, parts = (
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name / "tiny-base").rglob("*.*")
+         if p.is_file() and not p.name.endswith(".lock")}
+        for name in ("whole", "parts")
+    )  # fmt: skip
+    assert whole == parts
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Usage"),
+        (["--model", "tiny"], "name a bench"),
+        (["--bench", "nonsense"], "Unknown bench 'nonsense'.*geneval"),
+        (["--bench", "geneval", "--model", "tiny:nobody"], "no member 'nobody'.*base"),
+        (["--bench", "geneval", "--model", "nowhere/at/all"], "Unknown model 'nowhere/at/all'"),
+        (["--bench", "geneval", "--tasks", "flying"], "no task 'flying'.*counting"),
+        (["--bench", "geneval", "--shard", "3/3"], "--shard i/n"),
+        (["--bench", "geneval", "--device", "cuda"], "no CUDA device"),
+        (["--bench", "geneval", "--device", "abacus"], "'abacus'"),
+        (["--bench", "geneval", "--protocol", "mine"], "no protocol 'mine'"),
+        (["--bench", "geneval", "--model", "flow-opd"], "COCO detector"),
+        (["--bench", "geneval", "--prompts", "missing.jsonl"], "missing.jsonl"),
+        (["--bench", "ocr", "--model", "flow-opd"], "'ocr' is not there"),
+        (["--bench", "geneval", "--steps", "0"], "--steps"),
+        (["score", "nowhere"], "nowhere is not a folder"),
+        (["report", "nowhere"], "nowhere holds no run"),
+        (["merge", "A", "--out", "x"], "SOURCE=WEIGHT.*'A'"),
+        (["merge", "tiny:base=1", "--out", "x"], "no adapter to merge"),
+        (["convert", "nothing.bin", "--out", "x"], "nothing.bin"),
+    ],
+)
+def test_wrong_requests_exit_2_and_name_the_value(command, words, message, monkeypatch, tmp_path):
+    import re
+
+    import torch
+
+    if "no CUDA device" in message and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.chdir(tmp_path)
+    code, stdout, stderr = command(*words)
+    if not words:
+        assert "Usage" in stdout + stderr
+        return
+    assert code == 2
+    text = re.sub(r"\s+", " ", re.sub(r"[│╭╮╰╯─]", "", stderr))
+    assert re.search(message, text), stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_lists(command):
+    code, stdout, _ = command("models")
+    assert code == 0
+    for name in ("flow-opd:student", "flow-opd:deqa", "tiny:base"):
+        assert name in stdout
+    code, stdout, _ = command("benches")
+    assert code == 0
+    assert "shapes_geneval" in stdout
+    assert "sign_ocr" in stdout
+
+
+def test_convert_and_merge(command, tmp_path):
+    from flowopd_eval.adapters import read_adapter, write_adapter
+    from flowopd_eval.models import Backbone, resolve
+
+    transformer = Backbone("builtin:tiny", [resolve("tiny")], "cpu", None).pipeline.transformer
+    for index, name in enumerate(["a", "b"]):
+        write_adapter(random_adapter(transformer, index), tmp_path / name)
+    code, stdout, stderr = command(
+        "convert", tmp_path / "a" / "pytorch_lora_weights.safetensors", "--out", tmp_path / "c"
+    )
+    assert code == 0, stderr
+    assert "rank 4" in stdout
+    assert read_adapter(tmp_path / "c").sha256 == read_adapter(tmp_path / "a").sha256
+    code, stdout, _ = command(
+        "merge", f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=0.5", "--rank", 8, "--out", tmp_path / "m"
+    )
+    assert code == 0
+    assert "0.00% of the energy discarded" in stdout
+    a, b, m = (read_adapter(tmp_path / name).factors for name in "abm")
+    name = next(iter(m))
+    import torch
+
+    mean = (a[name].B @ a[name].A + b[name].B @ b[name].A) / 2
+    torch.testing.assert_close(m[name].B @ m[name].A, mean, atol=1e-6, rtol=1e-4)

@@ -1,0 +1,84 @@
+"""The OCR rule against an independent edit distance, and the engine on signs it can read."""
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from flowopd_eval.benches import OCR_SIDE
+from flowopd_eval.errors import RequestError
+from flowopd_eval.records import Prompt
+from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine, levenshtein, ocr_reward, target_text
+from flowopd_eval.tiny.scenes import draw_scene, sample_scene
+
+SHORT = st.text("ab C!", max_size=7)
+
+
+def slow_distance(a: str, b: str) -> int:
+    """The textbook recursion, on its own."""
+    if not a or not b:
+        return len(a) + len(b)
+    if a[0] == b[0]:
+        return slow_distance(a[1:], b[1:])
+    return 1 + min(slow_distance(a[1:], b), slow_distance(a, b[1:]), slow_distance(a[1:], b[1:]))
+
+
+@given(SHORT, SHORT)
+def test_levenshtein_equals_the_recursion(a, b):
+    assert levenshtein(a, b) == slow_distance(a, b)
+
+
+@pytest.mark.parametrize(
+    ("recognised", "target", "reward"),
+    [  # computed with Flow-GRPO's ocr.py
+        ("xx hello world yy", "Hello World", 1.0),
+        ("Hell World", "Hello World", 0.9),
+        ("", "abc", 0.0),
+        ("a" * 50, "abc", 0.0),
+        ("open", "OPEN!", 0.8),
+        ("Hello,World", "Hello World", 0.9),
+        ("OPENOPEN", "open", 1.0),
+    ],
+)
+def test_golden_rewards(recognised, target, reward):
+    assert ocr_reward(recognised, target) == pytest.approx(reward)
+
+
+@given(SHORT, SHORT.filter(lambda t: t.replace(" ", "")))
+def test_reward_is_bounded_and_blind_to_case_and_spaces(recognised, target):
+    reward = ocr_reward(recognised, target)
+    assert 0 <= reward <= 1
+    assert reward == ocr_reward(f" {recognised.upper()} ", target.lower())
+    assert ocr_reward(target, target) == 1
+
+
+@pytest.mark.parametrize("prompt", ["no quotes", 'one " only', 'empty "" quotes', 'blank "  " quotes'])
+def test_a_prompt_without_a_target_is_an_error(prompt):
+    with pytest.raises(RequestError, match=re.escape(repr(prompt))):
+        target_text(prompt)
+
+
+def test_only_the_first_quotation_counts():
+    assert target_text('a "first" and a "second"') == "first"
+
+
+def test_clean_signs_are_read_and_wrong_ones_are_told():
+    scenes = [sample_scene(np.random.default_rng([99, i]), "ocr") for i in range(24)]
+    pictures = [Image.fromarray(draw_scene(scene)) for scene in scenes]
+    prompts = [Prompt(str(i), scene.caption, "ocr") for i, scene in enumerate(scenes)]
+    scorer = OCRScorer(RapidOCREngine(OCR_SIDE))
+    assert scorer.identity()["side"] == OCR_SIDE
+    scores = scorer.score(pictures, prompts)
+    assert np.mean([score.value for score in scores]) >= 0.95
+    (wrong,) = scorer.score(pictures[:1], [Prompt("x", 'a sign that says "XYZXYZXYZ"', "ocr")])
+    assert wrong.value is not None
+    assert wrong.value < 0.5
+    assert "XYZXYZXYZ" in wrong.reason
+
+
+def test_a_blank_picture_reads_as_nothing():
+    (score,) = OCRScorer(RapidOCREngine(OCR_SIDE)).score([Image.new("RGB", (64, 64))], [Prompt("x", '"A"', "ocr")])
+    assert (score.value, score.detail["recognised"], score.error) == (0.0, "", None)
