@@ -281,8 +281,10 @@ def _draw(settings: Settings, *, score: bool) -> None:
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
     work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
     plans = [(spec, _bench_run(settings, bench, spec, score=score)) for spec, bench in work]
-    out = settings.out or _default_out(settings.benches, specs)
     shard = _shard(settings.shard)
+    if settings.out is None and shard.count > 1:
+        raise RequestError("Parts of one run need one folder: give --out DIR, the same for each part.")
+    out = settings.out or _default_out(settings.benches, specs)
     device = _device(settings.device)
     note = _note(specs)
     for base in dict.fromkeys(spec.base for spec in specs):
@@ -295,6 +297,8 @@ def _draw(settings: Settings, *, score: bool) -> None:
                 generator = backbone.generator(spec, _record(settings, spec))
                 with _progress() as progress:
                     harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
+    if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
+        return
     _conclude(out)
 
 
@@ -365,6 +369,20 @@ def _shard(text: str | None) -> Shard:
         return Shard.parse(text)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
+
+
+def _last_of_the_launch(out: Path, shard: Shard) -> bool:
+    """Whether this process of a launch is the one that concludes: the first, once the others are done."""
+    import time
+
+    from flowopd_eval import store
+    from flowopd_eval.harness import collect
+
+    if shard.index > 0:
+        return False
+    while any(collect(folder)[1] for folder in store.bench_folders(out)):
+        time.sleep(1)  # a process that fails is ended by the launcher, and this one with it
+    return True
 
 
 def _device(name: str | None) -> str:

@@ -1,8 +1,10 @@
 """The command as a user gives it: exit codes, what is said where, and what is on the disk."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 
 import pytest
 from random_adapters import random_adapter
@@ -185,3 +187,44 @@ def test_convert_and_merge(command, tmp_path):
 
     mean = (a[name].B @ a[name].A + b[name].B @ b[name].A) / 2
     torch.testing.assert_close(m[name].B @ m[name].A, mean, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_five_times_the_miniature_ends_with_the_same_bytes(tmp_path):
+    """``kill -9`` at five random moments of a real run, resumed each time."""
+    rng = random.Random(0)
+
+    def start(out):
+        words = ["--bench", "geneval", "--limit", "12", "--steps", "6", "--batch-size", "4", "--out", str(out)]
+        return subprocess.Popen([sys.executable, "-m", "flowopd_eval", *words], stderr=subprocess.DEVNULL)
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    duration = time.monotonic() - begun
+    for _ in range(5):
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.3, 0.9) * duration)
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    whole, killed = (
+        {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".png", ".json", ".jsonl")}
+        for folder in (tmp_path / "whole" / "tiny-base", tmp_path / "killed" / "tiny-base")
+    )
+    assert len(whole) > 70
+    assert whole == killed
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_launch_make_one_run(tmp_path):
+    pytest.importorskip("accelerate")
+    words = ["-m", "flowopd_eval", "--bench", "geneval", "--limit", "2", "--steps", "2"]
+    alone = [sys.executable, *words, "--out", str(tmp_path / "alone")]
+    subprocess.run(alone, check=True, stderr=subprocess.DEVNULL)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *words]
+    result = subprocess.run([*launch, "--out", str(tmp_path / "both")], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Report:") == 1
+    for name in ("samples.jsonl", "summary.json"):
+        files = [tmp_path / run / "tiny-base" / "geneval" / name for run in ("alone", "both")]
+        assert files[0].read_bytes() == files[1].read_bytes()

@@ -24,6 +24,7 @@ FLOORS = [
     ["harness"],
     ["report"],
     ["cli"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 SIBLINGS = ["training", "comfy_nodes", "app", "benchmarks"]
