@@ -168,13 +168,14 @@ def score(
         out, folders = folder, store.bench_folders(folder)
     else:
         kind = bench_by_key(bench)
+        kind.scorer(_protocol(kind, protocol))  # before anything is copied: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(kind.flag, kind.key, kind.version, tuple(kind.prompts()[:1]), None)
         folders = [harness.import_geneval(folder, out, run, model=model)]
     for entry in folders:
         kind = bench_by_key(entry.request()["key"])
         with _progress() as progress:
-            harness.rescore(entry, kind.scorer(protocol or kind.protocols[0]), again=again, progress=progress)
+            harness.rescore(entry, kind.scorer(_protocol(kind, protocol)), again=again, progress=progress)
     _conclude(out)
 
 
@@ -306,9 +307,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
     from flowopd_eval.harness import BenchRun
     from flowopd_eval.prompts import read_prompts
 
-    protocol = settings.protocol or bench.protocols[0]
-    if protocol not in bench.protocols:
-        raise RequestError(f"Bench {bench.flag} has no protocol {protocol!r}; it has: {', '.join(bench.protocols)}.")
+    protocol = _protocol(bench, settings.protocol)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
     default_batch = 16 if spec.record.width <= 128 else 4
@@ -323,6 +322,13 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         batch_size=settings.batch_size or default_batch,
         partial=partial,
     )
+
+
+def _protocol(bench: Bench, wanted: str | None) -> str:
+    protocol = wanted or bench.protocols[0]
+    if protocol not in bench.protocols:
+        raise RequestError(f"Bench {bench.flag} has no protocol {protocol!r}; it has: {', '.join(bench.protocols)}.")
+    return protocol
 
 
 def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> tuple[list[Prompt], str | None]:

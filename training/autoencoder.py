@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from training.config import AutoencoderConfig
-from training.pretrain import CHANNELS, GRID, encode_linear, fit_basis, scene_batch
+from training.pretrain import CHANNELS, GRID, encode_linear, load_basis, scene_batch
 from training.state import load_checkpoint, save_checkpoint
 
 # As SD3's, not 1 and 0, so that code which forgets them shows.
@@ -73,7 +73,7 @@ def edges(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def train_autoencoder(config: AutoencoderConfig, out: Path) -> None:
     """Train until ``config.samples`` pictures have been seen, checkpointing to ``out``; resumes what lies there."""
     torch.manual_seed(config.seed)
-    vae, basis = build_autoencoder().to(memory_format=torch.channels_last), fit_basis(config.seed)
+    vae, basis = build_autoencoder().to(memory_format=torch.channels_last), load_basis()
     part = vae.get_submodule(config.half)
     optimizer = torch.optim.AdamW(part.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     step = 0

@@ -20,6 +20,8 @@ class PretrainConfig(_Stage):
 
     stage: Literal["pretrain"]
     samples: int = Field(gt=0, description="Pictures to see in all.")
+    init: str | None = Field(None, description="Folder of a miniature to go on from where there is no checkpoint.")
+    init_samples: int = Field(0, ge=0, description="Pictures that `init` has seen.")
     batch_size: int = Field(64, gt=0)
     optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float = Field(1e-3, gt=0, description="AdamW's, for all that Muon does not train.")

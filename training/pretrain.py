@@ -21,6 +21,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from flowopd_eval.tiny.scenes import SIZE, draw_scene, sample_scene
@@ -32,6 +33,7 @@ from training.state import load_checkpoint, save_checkpoint
 CHANNELS, FACTOR = 16, 4
 GRID = SIZE // FACTOR  # 16: latents are (16, 16, 16)
 TEXT_WIDTH = 96
+BASIS_FILE = Path(__file__).parent / "recipes" / "tiny_basis.safetensors"
 
 
 # --- the latent ------------------------------------------------------------------------------------------------------
@@ -56,6 +58,15 @@ def fit_basis(seed: int, count: int = 4000) -> dict[str, torch.Tensor]:
     gain = variance**-0.25 / (variance**0.5).mean() ** 0.5
     basis = {"mean": mean, "encode": gain[:, None] * vectors.T, "decode": vectors / gain, "variance": variance}
     return {name: tensor.float().contiguous() for name, tensor in basis.items()}
+
+
+def load_basis() -> dict[str, torch.Tensor]:
+    """The basis every stage uses: :func:`fit_basis` of seed 0, kept in a file.
+
+    Eigenvectors have no sign of their own, so another machine could find some of them turned round; a model trained on
+    the one basis draws noise on the other.
+    """
+    return load_file(BASIS_FILE)
 
 
 def encode_linear(pictures: torch.Tensor, basis: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -195,23 +206,34 @@ def draw_strip(model: Base, basis: dict, prompts: list[str], steps: int = 20, gu
     return Image.fromarray(np.concatenate(rows, 0))
 
 
+def load_weights(model: Base, folder: Path) -> None:
+    """Take transformer and text encoders from a folder that :mod:`training.assemble` wrote."""
+    files = {
+        "transformer": "diffusion_pytorch_model.safetensors",
+        "text_encoder": "model.safetensors",
+        "text_encoder_2": "model.safetensors",
+    }
+    for part, file in files.items():
+        model.get_submodule(part).load_state_dict({k: v.float() for k, v in load_file(folder / part / file).items()})
+
+
 def pretrain(config: PretrainConfig, out: Path) -> None:
     """Train until ``config.samples`` pictures have been seen, checkpointing to ``out``; resumes what lies there."""
     torch.manual_seed(config.seed)
-    model, basis = Base(), fit_basis(config.seed)
+    model, basis = Base(), load_basis()
+    if config.init:
+        load_weights(model, Path(config.init))
     optimizers = build_optimizers(model, config)
     ema = EMAModel(model.parameters(), decay=config.ema, use_ema_warmup=True, power=0.75)
     tokenizer = build_tokenizer()
-    step = 0
+    step = config.init_samples // config.batch_size
     if state := load_checkpoint(out):
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         step = state["step"]
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    if step:
-        peaks = [[config.learning_rate], [config.matrix_learning_rate]][: len(optimizers)]
+    peaks = (config.learning_rate, config.matrix_learning_rate)
     velocity_of = torch.compile(model, dynamic=False) if config.compile else model
 
     prompts = [sample_scene(np.random.default_rng([config.seed + 1, i])).caption for i in range(36)]
@@ -220,9 +242,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     first = step
     while step * config.batch_size < config.samples:
         seen = step * config.batch_size
-        for optimizer, lrs in zip(optimizers, peaks, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * rate(seen, config)
+        for optimizer, peak in zip(optimizers, peaks, strict=False):
+            optimizer.param_groups[0]["lr"] = peak * rate(seen, config)
         # Scenes and noise are functions of the step, so a resumed run draws what the uninterrupted one would have.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         pictures, captions = scene_batch(config.seed, range(seen, seen + config.batch_size))
@@ -260,5 +281,5 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
             ema.restore(model.parameters())
         if time.time() - last_save > config.save_minutes * 60 or step * config.batch_size >= config.samples:
             last_save = time.time()
-            state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step, "basis": basis}
+            state = {"model": model.state_dict(), "ema": ema.state_dict(), "step": step}
             save_checkpoint(out, state | {"optimizers": [o.state_dict() for o in optimizers]})
