@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.records import SD35_RECORD, Prompt, SamplingRecord
+from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRecord
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -135,7 +136,8 @@ def _record_of(source: str) -> SamplingRecord:
     """The record a saved pipeline carries, else SD3.5-Medium's."""
     import json
 
-    path = Path(source) / "flow_opd.json"
+    folder = fetch_files(source, [SETTINGS_FILE])[0] if source.startswith("hub:") else Path(source)
+    path = folder / SETTINGS_FILE
     if path.is_file():
         return SamplingRecord(**json.loads(path.read_text())["record"])
     return SD35_RECORD
@@ -154,21 +156,7 @@ def fetch_base(source: str) -> Path:
         return folder
     if not source.startswith("hub:"):
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    repo, _, revision = source.removeprefix("hub:").partition("@")
-    patterns = ["*.json", "*.txt", "*.model", "*/*.safetensors"]
-    try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise RequestError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise RequestError(f"Could not get {repo} from the Hub and it is not in the local cache: {error}") from error
+    return fetch_files(source, ["*.json", "*.txt", "*.model", "*/*.safetensors"])[0]
 
 
 def folder_sha256(folder: Path) -> str:

@@ -17,11 +17,10 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusi
 
 from flowopd_eval.adapters import Adapter, AdapterBank, check_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.records import SD35_RECORD, SamplingRecord
+from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, SamplingRecord
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_FILE = "flow_opd.json"
 EXPERTS_FOLDER = "experts"
 
 

@@ -116,6 +116,7 @@ class SamplingRecord:
     negative_prompt: str = ""
 
 
+SETTINGS_FILE = "flow_opd.json"  # in a saved pipeline's folder: its sampling record and its experts
 # Stable Diffusion 3.5 Medium as the paper evaluates it (arXiv 2605.08063); text length as in its public code.
 SD35_RECORD = SamplingRecord(
     steps=40, guidance=4.5, shift=3.0, width=512, height=512, text_length=128, dtype="bfloat16"

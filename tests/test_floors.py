@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Lower floor first; modules of one floor may not import each other, except inside one package.
 FLOORS = [
     ["errors"],
-    ["records", "quiet"],
+    ["records", "quiet", "download"],
     ["statistics", "flow"],
     ["adapters"],
     ["prompts"],

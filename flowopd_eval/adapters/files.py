@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from flowopd_eval.adapters.adapter import Adapter, Factors, linear_modules, listing, targets
+from flowopd_eval.download import fetch_files, list_files
 from flowopd_eval.errors import RequestError
 
 PEFT_CONFIG = "adapter_config.json"
@@ -126,37 +127,11 @@ def read_adapter(source: str | Path, *, alpha: float | None = None) -> Adapter:
 
 def _fetch(source: str | Path) -> tuple[Path, str]:
     """The local folder of a Hub repository's adapter files, and the source with the commit it was resolved to."""
-    from huggingface_hub import list_repo_files, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    repo, _, revision = str(source).removeprefix("hub:").partition("@")
     names = [PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS]
-    try:
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=names))
-        resolved = f"hub:{repo}@{folder.name}"
-        if not any((folder / name).is_file() for name in names[1:]):
-            raise _no_weights(resolved, list_repo_files(repo, revision=folder.name))
-        return folder, resolved
-    except GatedRepoError as error:
-        raise RequestError(
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise RequestError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit.") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise RequestError(
-            f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in the local cache. Check the "
-            f"network, or fetch it elsewhere with `hf download {repo}` and give its folder."
-        ) from error
+    folder, resolved = fetch_files(str(source), names)
+    if not any((folder / name).is_file() for name in names[1:]):
+        raise _no_weights(resolved, list_files(resolved))
+    return folder, resolved
 
 
 def _weights_file(path: Path, source: str) -> Path:

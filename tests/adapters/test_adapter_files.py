@@ -6,20 +6,16 @@ import copy
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from loopback_hub import hub, hub_environment
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -390,50 +386,6 @@ def test_check_refuses_modules_left_out(reference, transformer, raw, tmp_path):
 # --- the Hub
 
 
-@contextmanager
-def hub(files: dict[str, bytes], commit: str) -> Iterator[str]:
-    """A loopback stand-in for the Hub with one repository ``team/expert``, so that the real client is used."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self, status: int, body: bytes, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(body)), **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self) -> None:
-            path = self.path.split("?")[0]
-            if not path.removeprefix("/api/models").startswith("/team/expert"):
-                return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
-            if "/revision/" in path and path.rsplit("/", 1)[-1] not in ("main", "v1", commit):
-                return self.answer(404, b"{}", X_Error_Code="RevisionNotFound")
-            if "/tree/" in path:
-                tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in files.items()]
-                return self.answer(200, json.dumps(tree).encode())
-            if path.startswith("/api/models/"):
-                siblings = [{"rfilename": name} for name in files]
-                return self.answer(200, json.dumps({"id": "team/expert", "sha": commit, "siblings": siblings}).encode())
-            name = path.rsplit("/", 1)[-1]
-            if name not in files:
-                return self.answer(404, b"", X_Error_Code="EntryNotFound")
-            return self.answer(200, files[name], ETag=f'"{name}"', X_Repo_Commit=commit)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 READ = """
 import sys
 from flowopd_eval.adapters import read_adapter
@@ -448,13 +400,7 @@ for source in sys.argv[1:]:
 
 
 def read_from_hub(endpoint: str, home: Path, *sources: str) -> list[str]:
-    environment = os.environ | {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "no_proxy": "127.0.0.1",
-    }
+    environment = hub_environment(endpoint, home)
     done = subprocess.run([sys.executable, "-c", READ, *sources], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -464,7 +410,7 @@ def test_reads_a_repository_at_a_revision(reference, tmp_path):
     write_adapter(reference, tmp_path)
     commit = "c" * 40
     files = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.name != "adapter_model.safetensors"}
-    with hub({**files, "README.md": b"#"}, commit) as endpoint:
+    with hub({"team/expert": {**files, "README.md": b"#"}}, commit) as endpoint:
         sources = ("hub:team/expert@v1", "hub:team/expert", "hub:team/expert@v9", "hub:team/none@v1")
         named, default, revision, repository = read_from_hub(endpoint, tmp_path / "home", *sources)
     assert named == default == f"hub:team/expert@{commit} {reference.sha256}"
@@ -479,7 +425,7 @@ def test_reads_a_repository_at_a_revision(reference, tmp_path):
 
 
 def test_refuses_a_repository_of_pickles(tmp_path):
-    with hub({"adapter_model.bin": b"", "adapter_config.json": b"{}"}, "d" * 40) as endpoint:
+    with hub({"team/expert": {"adapter_model.bin": b"", "adapter_config.json": b"{}"}}, "d" * 40) as endpoint:
         (line,) = read_from_hub(endpoint, tmp_path / "home", "hub:team/expert@v1")
     assert "adapter_model.bin is a pickle" in line
 

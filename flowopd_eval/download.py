@@ -1,0 +1,63 @@
+"""Files of a Hub repository at a revision, through the real client, its errors put into words and remedies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flowopd_eval.errors import RequestError
+
+
+def fetch_files(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
+    """Folder with the files of ``hub:REPO[@REVISION]`` that match ``patterns``, and ``hub:REPO@COMMIT``.
+
+    Without a revision, the repository's default branch. What is cached is not downloaded again; without a network the
+    cache serves.
+
+    Raises:
+        RequestError: gated, no such repository or revision, or neither network nor cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    with _explained(repo, revision):
+        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+    return folder, f"hub:{repo}@{folder.name}"
+
+
+def list_files(source: str) -> list[str]:
+    """Names of all files of ``hub:REPO[@REVISION]``. Raises as :func:`fetch_files`."""
+    from huggingface_hub import list_repo_files
+
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    with _explained(repo, revision):
+        return list_repo_files(repo, revision=revision or None)
+
+
+@contextmanager
+def _explained(repo: str, revision: str) -> Iterator[None]:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        yield
+    except GatedRepoError as error:
+        raise RequestError(
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo} and run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise RequestError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit.") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise RequestError(
+            f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in the local cache. Check the "
+            f"network, or fetch it elsewhere with `hf download {repo}` and give its folder."
+        ) from error

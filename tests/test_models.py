@@ -1,0 +1,83 @@
+"""Names become models: the registry, folders, and repositories through the real Hub client on a loopback server."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from loopback_hub import files_of, hub, hub_environment
+
+from flowopd_eval.errors import RequestError
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, resolve
+from flowopd_eval.records import SD35_RECORD, SamplingRecord
+
+
+def test_names_of_record():
+    assert resolve("flow-opd").name == "flow-opd:student"
+    assert resolve("flow-opd:deqa").adapter == "hub:CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix"
+    assert resolve("flow-opd:base").adapter is None
+    assert resolve("tiny").name == "tiny:base"
+    assert {spec.base for spec in map(resolve, ("flow-opd", "flow-opd:ocr"))} == {FAMILIES["flow-opd"].base}
+    assert resolve("flow-opd").record == SamplingRecord(40, 4.5, 3.0, 512, 512, 128, dtype="bfloat16")
+
+
+def test_a_lora_goes_on_a_base_only():
+    assert resolve("tiny:base", "some/lora").adapter == "some/lora"
+    assert resolve("tiny:base", "some/lora").name == "tiny:base+lora"
+    with pytest.raises(RequestError, match=r"adapter of its own.*flow-opd:base"):
+        resolve("flow-opd:ocr", "some/lora")
+
+
+def test_a_folder_brings_its_own_record(tmp_path):
+    record = SamplingRecord(3, 1.5, 2.0, 64, 64, 0)
+    assert resolve(str(tmp_path)).record == SD35_RECORD
+    (tmp_path / "flow_opd.json").write_text(json.dumps({"record": asdict(record), "experts": []}))
+    assert resolve(str(tmp_path)).record == record
+
+
+def test_the_hash_of_a_folder_follows_content_and_names(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "sub" / "config.json").write_text("{}")
+        (tmp_path / name / "README.md").write_text(name)  # decides no picture
+    one = folder_sha256(tmp_path / "a")
+    assert one == folder_sha256(tmp_path / "b")
+    (tmp_path / "b" / "sub" / "config.json").write_text("{ }")
+    assert folder_sha256(tmp_path / "b") != one
+    (tmp_path / "a" / "sub" / "config.json").rename(tmp_path / "a" / "config.json")
+    assert folder_sha256(tmp_path / "a") != one
+
+
+def flowopd_eval(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = hub_environment(endpoint, home)
+    command = [sys.executable, "-m", "flowopd_eval", *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_a_model_from_the_hub_draws_and_a_gated_one_names_the_steps(tmp_path):
+    files = files_of(fetch_base("builtin:tiny"))
+    record = SamplingRecord(1, 1.5, 3.0, 64, 64, 0)
+    files["flow_opd.json"] = json.dumps({"record": asdict(record), "experts": []}).encode()
+    words = ["generate", "--bench", "geneval", "--limit", "1", "--tasks", "counting", "--samples", "1"]
+    with hub({"team/model": files, "team/gated": files}, "e" * 40, gated=["team/gated"]) as endpoint:
+        drawn = flowopd_eval(
+            endpoint, tmp_path / "home", *words, "--model", "hub:team/model@v1", "--out", str(tmp_path / "a")
+        )
+        gated = flowopd_eval(
+            endpoint, tmp_path / "home", *words, "--model", "hub:team/gated", "--out", str(tmp_path / "b")
+        )
+        nowhere = flowopd_eval(
+            endpoint, tmp_path / "home", *words, "--model", "hub:team/none", "--out", str(tmp_path / "b")
+        )
+    assert drawn.returncode == 0, drawn.stderr
+    (summary,) = (tmp_path / "a").glob("*/geneval/summary.json")
+    generator = json.loads(summary.read_text())["generator"]
+    assert generator["sampling"] == asdict(record)
+    assert len(list((tmp_path / "a").rglob("*.png"))) == 1
+    assert gated.returncode == nowhere.returncode == 2
+    assert "team/gated is gated: accept its licence at https://huggingface.co/team/gated" in gated.stderr
+    assert "hf auth login" in gated.stderr
+    assert "no repository 'team/none'" in nowhere.stderr
+    assert not (tmp_path / "b").exists()
