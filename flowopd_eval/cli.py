@@ -159,7 +159,7 @@ def score(
     again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,
 ) -> None:
     """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout."""
-    from flowopd_eval import harness, store
+    from flowopd_eval import harness, rescore, store
     from flowopd_eval.benches import bench_by_key
 
     if not folder.is_dir():
@@ -171,11 +171,11 @@ def score(
         kind.scorer(_protocol(kind, protocol))  # before anything is copied: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(kind.flag, kind.key, kind.version, tuple(kind.prompts()[:1]), None)
-        folders = [harness.import_geneval(folder, out, run, model=model)]
+        folders = [rescore.import_geneval(folder, out, run, model=model)]
     for entry in folders:
         kind = bench_by_key(entry.request()["key"])
         with _progress() as progress:
-            harness.rescore(entry, kind.scorer(_protocol(kind, protocol)), again=again, progress=progress)
+            rescore.rescore(entry, kind.scorer(_protocol(kind, protocol)), again=again, progress=progress)
     _conclude(out)
 
 

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 NOT_SCORED = "not scored yet"
-UNKNOWN_SEED = -1  # of pictures that were drawn elsewhere
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 Progress = Callable[[int, int, str], None]
@@ -155,7 +154,7 @@ def plan(prompts: Sequence[Prompt], samples: int, seed: int, batch_size: int) ->
     return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
 
 
-def _request(run: BenchRun, generator: Mapping[str, Any], scorer: Mapping[str, Any] | None) -> dict[str, Any]:
+def request_of(run: BenchRun, generator: Mapping[str, Any], scorer: Mapping[str, Any] | None) -> dict[str, Any]:
     request = {
         "model": generator["model"],
         "bench": run.bench,
@@ -174,7 +173,7 @@ def _request(run: BenchRun, generator: Mapping[str, Any], scorer: Mapping[str, A
     return json.loads(json.dumps(request))  # as it will be read back
 
 
-def _claim(folder: BenchFolder, request: dict[str, Any], prompts: Sequence[Prompt], note: str) -> None:
+def claim(folder: BenchFolder, request: dict[str, Any], prompts: Sequence[Prompt], note: str) -> None:
     """Enter the request in ``run.json``, or find it there. Raises ``RequestError`` when another one is there."""
     with store.changing_run(folder.out) as run:
         entry = run["runs"].get(folder.entry)
@@ -213,24 +212,24 @@ def run_bench(
     ``WorkError`` when the disk is full, ``Interrupted`` at Ctrl-C and SIGTERM.
     """
     scorer_identity = dict(run.scorer.identity()) if run.scorer else None  # first: it may lack a dependency
-    request = _request(run, generator.identity(), scorer_identity)
+    request = request_of(run, generator.identity(), scorer_identity)
     folder = BenchFolder.of(out, request["model"], run.bench)
     title = f"{request['model']} on {run.bench}"
     with folder.alone(shard.journal):
-        _claim(folder, request, run.prompts, note)
+        claim(folder, request, run.prompts, note)
         batches = plan(run.prompts, run.samples, run.seed, run.batch_size)[shard.index :: shard.count]
         done = _finished_batches(folder, batches)
         total = sum(map(len, batches))
         progress(sum(map(len, done.values())), total, title)
         if len(done) < len(batches):
-            with _session(folder, f"draw {shard}") as session:
+            with recorded_session(folder, f"draw {shard}") as session:
                 _draw(run, generator, folder, shard, batches, done, session, lambda n: progress(n, total, title))
     return finish(folder, run.metrics)
 
 
 def _finished_batches(folder: BenchFolder, batches: Sequence[Sequence[Item]]) -> dict[int, list[Sample]]:
     """The batches that need not be drawn: position -> their samples. A damaged picture or line is warned of."""
-    known = _by_picture(_salvage(folder))
+    known = by_picture(_salvage(folder))
     done = {}
     for position, batch in enumerate(batches):
         samples = [known.get((item.prompt.id, item.k)) for item in batch]
@@ -243,7 +242,7 @@ def _finished_batches(folder: BenchFolder, batches: Sequence[Sequence[Item]]) ->
     return done
 
 
-def _by_picture(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
+def by_picture(samples: Sequence[Sample]) -> dict[tuple[str, int], Sample]:
     """Samples by prompt id and ``k``; the first of several counts."""
     return {(sample.id, sample.k): sample for sample in reversed(samples)}
 
@@ -289,7 +288,7 @@ def _draw(
     with (
         closing(store.Journal(folder.path / shard.journal, kept)) as journal,
         ThreadPoolExecutor(1, "score") as pool,
-        _termination_as_interrupt(),
+        termination_as_interrupt(),
     ):
         try:
             for position, batch in enumerate(batches):
@@ -325,7 +324,7 @@ def _store_and_judge(
     if scorer is None:
         return samples
     scores = judge(scorer, pictures, [item.prompt for item in batch])
-    return [_scored(sample, score) for sample, score in zip(samples, scores, strict=True)]
+    return [scored(sample, score) for sample, score in zip(samples, scores, strict=True)]
 
 
 def judge(scorer: Scorer, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
@@ -359,12 +358,12 @@ def _plain(score: Score) -> Score:
     )
 
 
-def _scored(sample: Sample, score: Score) -> Sample:
+def scored(sample: Sample, score: Score) -> Sample:
     return replace(sample, score=score.value, reason=score.reason, detail=score.detail, error=score.error)
 
 
 @contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def termination_as_interrupt() -> Iterator[None]:
     """SIGTERM (a scheduler's way of stopping a job) ends the work as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -381,7 +380,7 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 
 @contextmanager
-def _session(folder: BenchFolder, work: str) -> Iterator[dict[str, Any]]:
+def recorded_session(folder: BenchFolder, work: str) -> Iterator[dict[str, Any]]:
     """One sitting, entered in ``run.json`` at its start and again at its end, however it ends."""
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     session = {"work": work, "status": "running", "pictures": 0, "started": started, "wall_s": None}
@@ -431,7 +430,7 @@ def finish(folder: BenchFolder, metrics: Metrics = standard_metrics) -> dict[str
 def collect(folder: BenchFolder) -> tuple[list[Sample], list[str]]:
     """The samples that are there, in the plan's order, and what is missing, in words. Raises ``RequestError``."""
     request = folder.request()
-    known = _by_picture([sample for path in folder.journals() for sample in store.read_samples(path)])
+    known = by_picture([sample for path in folder.journals() for sample in store.read_samples(path)])
     batches = plan(folder.prompts(), request["samples"], request["seed"], request["batch_size"])
     absent = [sum((i.prompt.id, i.k) not in known for i in batch) for batch in batches]
     samples = [known[i.prompt.id, i.k] for batch in batches for i in batch if (i.prompt.id, i.k) in known]
@@ -473,148 +472,3 @@ def summarise(
         "partial": "; ".join(reasons) or None,
         **{field: value for field, value in request.items() if field not in (*same, "partial")},
     }
-
-
-# -------------------------------------------------------------------------------------- judging pictures that exist
-
-
-def rescore(
-    folder: BenchFolder,
-    scorer: Scorer,
-    *,
-    again: bool = False,
-    batch_size: int = 8,
-    metrics: Metrics = standard_metrics,
-    progress: Progress = lambda done, total, text: None,
-) -> dict[str, Any]:
-    """Judge the pictures of a run and replace their scores; returns the new summary.
-
-    With the judge that is on record only the pictures without a score are judged; with another judge (or ``again``)
-    all of them. The old scores stay in place until the last picture is judged; an interrupted call continues.
-    Raises ``RequestError`` while shards are missing.
-    """
-    identity = json.loads(json.dumps(dict(scorer.identity())))
-    everything = again or folder.request()["scorer"] != identity
-    with folder.alone(WHOLE.journal):
-        samples, missing = collect(folder)
-        if folder.shards():
-            raise RequestError(f"{folder.path} is not complete ({'; '.join(missing)}): run the missing shards first.")
-        todo = [sample for sample in samples if everything or sample.score is None]
-        path = folder.path / f"rescore-{hashlib.sha256(store.json_line(identity)).hexdigest()[:12]}.jsonl"
-        drawn = {(s.id, s.k): s.sha256 for s in samples}
-        judged = [s for s in store.read_samples(path) if drawn.get((s.id, s.k)) == s.sha256]
-        with closing(store.Journal(path, judged)) as journal, _session(folder, "judge") as session:
-            judged += _judge_rest(folder, scorer, todo, judged, batch_size, journal, session, progress)
-        scored = _by_picture(judged)
-        lines = [store.json_line(scored.get((s.id, s.k), s).to_json()) for s in samples]
-        store.write_atomic(folder.samples, b"".join(lines))
-        with store.changing_run(folder.out) as run:
-            run["runs"][folder.entry]["request"]["scorer"] = identity
-        path.unlink()
-    return finish(folder, metrics)
-
-
-def _judge_rest(
-    folder: BenchFolder,
-    scorer: Scorer,
-    todo: Sequence[Sample],
-    judged: Sequence[Sample],
-    batch_size: int,
-    journal: store.Journal,
-    session: dict[str, Any],
-    progress: Progress,
-) -> list[Sample]:
-    """Judge what of ``todo`` is not in ``judged``, each batch straight into the journal."""
-    known = _by_picture(judged)
-    prompts = {prompt.id: prompt for prompt in folder.prompts()}
-    left = [sample for sample in todo if (sample.id, sample.k) not in known]
-    result: list[Sample] = []
-    try:
-        with _termination_as_interrupt():
-            for start in range(0, len(left), batch_size):
-                batch = left[start : start + batch_size]
-                scored = _judge_files(folder, scorer, batch, [prompts[sample.id] for sample in batch])
-                journal.append(scored)
-                result += scored
-                session["pictures"] += len(scored)
-                progress(len(todo) - len(left) + len(result), len(todo), f"judging {folder.entry}")
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted(
-            f"Stopped after judging {len(todo) - len(left) + len(result)} of {len(todo)} pictures of {folder.entry}. "
-            f"The scores in {folder.path} are as they were: give the same command to continue."
-        ) from interrupt
-    return result
-
-
-def _judge_files(
-    folder: BenchFolder, scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[Prompt]
-) -> list[Sample]:
-    """Judge pictures from their files; one that cannot be read is unscored."""
-    result = list(samples)
-    readable, images = [], []
-    for position, sample in enumerate(samples):
-        try:
-            images.append(store.read_picture(folder.picture(sample.file)))
-            readable.append(position)
-        except (OSError, ValueError, SyntaxError) as error:
-            unreadable = Score(None, error=f"the picture cannot be read ({type(error).__name__})")
-            result[position] = _scored(sample, unreadable)
-    scores = judge(scorer, images, [prompts[position] for position in readable]) if images else []
-    for position, score in zip(readable, scores, strict=True):
-        result[position] = _scored(samples[position], score)
-    return result
-
-
-def import_geneval(source: Path, out: Path, run: BenchRun, *, model: str, note: str = "") -> BenchFolder:
-    """Copy pictures that lie in GenEval's layout into a run, unscored: ``rescore`` then judges them.
-
-    ``source`` holds ``NNNNN/metadata.jsonl`` (one GenEval record) and ``NNNNN/samples/<digits>.png``, as the official
-    evaluation reads them. ``run`` says which bench they belong to; prompts and number of pictures are the folder's.
-    The same pictures again are left as they are, with their scores. Raises ``RequestError`` when there are none.
-    """
-    found = _geneval_folders(source)
-    if not any(files for _, files in found):
-        raise RequestError(f"{source} has no pictures in GenEval's layout (NNNNN/metadata.jsonl, NNNNN/samples/*.png).")
-    run = replace(
-        run,
-        prompts=tuple(prompt for prompt, _ in found),
-        samples=max(len(files) for _, files in found),
-        seed=UNKNOWN_SEED,
-    )
-    digest = hashlib.sha256()
-    copies: dict[Path, Sample] = {}
-    items = {(i.prompt.id, i.k): i for batch in plan(run.prompts, run.samples, run.seed, run.batch_size) for i in batch}
-    for prompt, files in found:
-        for k, path in enumerate(files):
-            sha256, file = hashlib.sha256(path.read_bytes()).hexdigest(), items[prompt.id, k].file
-            digest.update(sha256.encode())
-            copies[path] = Sample(
-                prompt.id, k, prompt.task, prompt.prompt, UNKNOWN_SEED, file, sha256, error=NOT_SCORED
-            )
-    request = _request(run, {"model": model, "pictures_sha256": digest.hexdigest()}, None)
-    folder = BenchFolder.of(out, model, run.bench)
-    with folder.alone(WHOLE.journal):
-        if folder.samples.exists():
-            request["scorer"] = folder.request()["scorer"]
-        _claim(folder, request, run.prompts, note)
-        if not folder.samples.exists():
-            for path, sample in copies.items():
-                store.write_atomic(folder.path / sample.file, path.read_bytes())
-            lines = [store.json_line(sample.to_json()) for sample in copies.values()]
-            store.write_atomic(folder.samples, b"".join(lines))
-    return folder
-
-
-def _geneval_folders(source: Path) -> list[tuple[Prompt, list[Path]]]:
-    """Prompt and pictures of each numbered folder, by number. Raises ``RequestError`` for a bad record."""
-    found = []
-    for folder in sorted(path for path in source.glob("*/") if path.name.isdigit()):
-        metadata = folder / "metadata.jsonl"
-        try:
-            record = json.loads(metadata.read_text())
-            prompt = Prompt(folder.name, record.pop("prompt"), record.pop("tag"), record)
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"{metadata} is not a GenEval record with tag and prompt: {error}") from error
-        files = [path for path in (folder / "samples").glob("*.png") if path.stem.isdigit()]
-        found.append((prompt, sorted(files, key=lambda path: int(path.stem))))
-    return found

@@ -22,7 +22,7 @@ FLOORS = [
     ["benches"],
     ["store"],
     ["harness"],
-    ["report"],
+    ["rescore", "report"],
     ["cli"],
     ["__main__"],
 ]

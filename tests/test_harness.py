@@ -21,8 +21,9 @@ from painting import ENTRY, PROMPTS, RUN, Judge, Painter
 
 from flowopd_eval import harness, store
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.harness import Interrupted, finish, import_geneval, plan, rescore, run_bench
+from flowopd_eval.harness import Interrupted, finish, plan, run_bench
 from flowopd_eval.records import Score
+from flowopd_eval.rescore import import_geneval, rescore
 from flowopd_eval.store import BenchFolder, Shard
 
 
