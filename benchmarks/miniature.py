@@ -1,4 +1,4 @@
-"""What the README shows of the miniature: its 36 pictures and its scores. ``python -m benchmarks.miniature``.
+"""What the README shows of the miniature: its 36 pictures and its scores. ``python -m benchmarks.miniature [STEPS…]``.
 
 Writes ``docs/miniature.png`` and ``benchmarks/results/miniature.json``; the runs lie under ``runs/miniature`` and are
 gone on with when the command is given again.
@@ -39,8 +39,9 @@ def contact_sheet(folders: list[Path], pictures: int) -> Image.Image:
 
 
 def main() -> None:
-    results = {f"{steps} steps": evaluate(steps) for steps in (20, 40)}
-    folders = [RUNS / "20-steps" / "tiny-base" / bench for bench in ("geneval", "ocr")]
+    chosen = [int(word) for word in sys.argv[1:]] or [20, 40]
+    results = {f"{steps} steps": evaluate(steps) for steps in chosen}
+    folders = [RUNS / f"{chosen[0]}-steps" / "tiny-base" / bench for bench in ("geneval", "ocr")]
     contact_sheet(folders, COLUMNS * ROWS).save("docs/miniature.png", optimize=True)
     kept = {
         name: {

@@ -22,7 +22,7 @@ from flowopd_eval.records import Sample
 from flowopd_eval.store import BenchFolder
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
     from rich.text import Text
 
 Summaries = Mapping[str, Mapping[str, Mapping[str, Any]]]  # model -> bench -> summary
@@ -80,11 +80,12 @@ def summarise_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> di
 # ---------------------------------------------------------------------------------------------------------- terminal
 
 
-def terminal_table(summaries: Summaries) -> Table:
+def terminal_table(summaries: Summaries) -> Group:
     """Tasks by models, each ``mean ± half of the 95 % interval``. Three models fit into 80 columns."""
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", caption_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("")
     for model in summaries:
         table.add_column(_text(model), justify="right", overflow="fold")
@@ -109,8 +110,9 @@ def terminal_table(summaries: Summaries) -> Table:
         for summary in benches.values()
         if summary["partial"]
     ]
-    table.caption = _text("\n".join(["mean over tasks ± half of the 95 % interval", *partial]))
-    return table
+    explained = _text("\n".join(["bold: mean over tasks; all: ± half of the 95 % interval", *partial]))
+    explained.stylize("dim italic")
+    return Group(table, explained)
 
 
 def _text(text: str) -> Text:
