@@ -238,7 +238,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
 
     prompts = [sample_scene(np.random.default_rng([config.seed + 1, i])).caption for i in range(36)]
     empty = tokenizer([""], padding="max_length", return_tensors="pt").input_ids
-    started, last_save, total = time.time(), time.time(), 0.0
+    started, last_save, losses = time.time(), time.time(), []
     first = step
     while step * config.batch_size < config.samples:
         seen = step * config.batch_size
@@ -263,14 +263,14 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
             optimizer.zero_grad(set_to_none=True)
         ema.step(model.parameters())
         step += 1
-        total += loss.item()
-        if not math.isfinite(total):
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"The loss is not finite at step {step}; lower the learning rate and resume.")
         if step % config.log_every == 0:
             speed = (step - first) * config.batch_size / (time.time() - started)
-            line = {"step": step, "samples": step * config.batch_size, "loss": round(total / config.log_every, 5)}
+            line = {"step": step, "samples": step * config.batch_size, "loss": round(sum(losses) / len(losses), 5)}
             line |= {"grad_norm": round(float(norm), 4), "pictures_per_second": round(speed, 1)}
-            total = 0.0
+            losses.clear()
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
