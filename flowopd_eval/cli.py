@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 the work failed or was stopped, 2 the request was wrong.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -256,13 +258,11 @@ def merge(
 def _weighted_source(text: str) -> tuple[str, float]:
     from flowopd_eval.models import FAMILIES, resolve
 
-    source, separator, number = text.rpartition("=")
+    source, _, number = text.rpartition("=")
     try:
         weight = float(number)
     except ValueError:
-        weight = float("nan")
-    if not separator or weight != weight:
-        raise RequestError(f"Expected SOURCE=WEIGHT, such as expert/=0.5, but got {text!r}.")
+        raise RequestError(f"Expected SOURCE=WEIGHT, such as expert/=0.5, but got {text!r}.") from None
     if source.partition(":")[0] in FAMILIES:
         adapter = resolve(source).adapter
         if adapter is None:
@@ -343,15 +343,15 @@ def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> 
         chosen = [prompt for prompt in chosen if prompt.task in wanted]
         why.append(f"--tasks {','.join(wanted)}")
     if limit:
-        seen: dict[str, int] = {}
+        place = Counter[str]()  # of a prompt within its task
+        kept = []
         for prompt in chosen:
-            seen[prompt.task] = seen.get(prompt.task, 0) + 1
-        if any(count > limit for count in seen.values()):
-            kept: dict[str, int] = {}
-            chosen = [
-                p for p in chosen if kept.setdefault(p.task, 0) < limit and not kept.update({p.task: kept[p.task] + 1})
-            ]
+            place[prompt.task] += 1
+            if place[prompt.task] <= limit:
+                kept.append(prompt)
+        if len(kept) < len(chosen):
             why.append(f"--limit {limit}")
+        chosen = kept
     return chosen, " ".join(why) or None
 
 
@@ -451,7 +451,8 @@ def _conclude(out: Path) -> None:
     from flowopd_eval.models import REAL_MODEL_HELP
 
     page = reporting.write_report(out)
-    Console().print(reporting.terminal_table(reporting.summarise_run(out)))
+    summaries = json.loads((out / "summary.json").read_bytes())["models"]  # as the report has just written them
+    Console().print(reporting.terminal_table(summaries))
     note = store.read_run(out)["note"]
     lines = [
         note,
