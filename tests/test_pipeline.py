@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from random_adapters import random_adapter
 
 from flowopd_eval.adapters import write_adapter
@@ -116,9 +116,10 @@ def test_fusing_changes_nothing_but_refuses_the_others(pipe):
 
 def test_saved_pipeline_is_stock_for_diffusers_and_whole_for_us(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    stock = StableDiffusion3Pipeline.from_pretrained(
+    stock = DiffusionPipeline.from_pretrained(  # which takes the class that the folder names
         tmp_path, text_encoder_3=None, tokenizer_3=None, dtype=torch.float32
     )
+    assert type(stock) is StableDiffusion3Pipeline
     again = FlowOPDPipeline.from_pretrained(tmp_path, dtype=torch.float32)
     again.set_progress_bar_config(disable=True)
     x = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
