@@ -1,4 +1,8 @@
-"""``python -m training RECIPE [--set key=value]...``: run one stage, going on from its last checkpoint."""
+"""``python -m training RECIPE``: run one stage, going on from its last checkpoint.
+
+``python -m training check RECIPE`` tests every teacher against the base on its own task. On several devices:
+``accelerate launch -m training RECIPE``.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,87 @@ import argparse
 import sys
 from pathlib import Path
 
-from training.config import AutoencoderConfig, load_recipe
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.quiet import quiet_libraries
+from training.config import (
+    AutoencoderConfig,
+    Config,
+    DistillConfig,
+    GRPOConfig,
+    MergeConfig,
+    PretrainConfig,
+    SFTConfig,
+    load_recipe,
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser.add_argument("action", nargs="?", choices=["run", "check"], default="run", help="what to do (default: run)")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
+    parser.add_argument("--resume", action="store_true", help="refuse to begin where there is nothing to go on from")
+    parser.add_argument("--dry-run", action="store_true", help="say what the recipe would cost, without weights")
     arguments = parser.parse_args()
     try:
         config = load_recipe(arguments.recipe, arguments.set)
-    except (OSError, ValueError) as error:
+        if arguments.dry_run:
+            from training.price import print_price
+
+            print_price(config)
+        elif arguments.action == "check":
+            with quiet_libraries():
+                from training.check import check_teachers
+
+            return check_teachers(config)
+        else:
+            run(config, arguments.resume)
+    except (OSError, ValueError, RequestError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
+    except WorkError as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(config: Config, resume: bool) -> None:
+    """Run the stage that ``config`` is of."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if isinstance(config, AutoencoderConfig):
-        from training.autoencoder import train_autoencoder
-
-        train_autoencoder(config, out)
-    else:
+    if isinstance(config, PretrainConfig):
         from training.pretrain import pretrain
 
         pretrain(config, out)
-    return 0
+    elif isinstance(config, AutoencoderConfig):
+        from training.autoencoder import train_autoencoder
+
+        train_autoencoder(config, out)
+    elif isinstance(config, MergeConfig):
+        with quiet_libraries():
+            from training.coldstart import merge
+
+        print(f"The adapter is in {merge(config, out)}.")
+    else:
+        with quiet_libraries():
+            from training.loop import train
+
+            stage = _stage(config)
+        print(f"The adapter is in {train(config, stage, out, resume=resume)}.")
+
+
+def _stage(config: DistillConfig | SFTConfig | GRPOConfig):  # noqa: ANN202
+    if isinstance(config, DistillConfig):
+        from training.distill import Distillation, PolicyGradient
+
+        return PolicyGradient if config.objective == "policy_gradient" else Distillation
+    if isinstance(config, SFTConfig):
+        from training.coldstart import SFT
+
+        return SFT
+    from training.grpo import GRPO
+
+    return GRPO
 
 
 if __name__ == "__main__":

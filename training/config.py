@@ -1,20 +1,33 @@
-"""Recipes: small TOML files, read into typed and validated settings."""
+"""Recipes: small TOML files, read into typed and validated settings.
+
+Every stage of ``python -m training RECIPE`` has its class here, beside the parts they share. A wrong key, a value out
+of range or a pair that cannot work together is refused before anything is loaded, with what would be right.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+ATTENTION = [
+    f"attn.{name}"
+    for name in ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
+]
 
 
-class _Stage(BaseModel):
+class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    seed: int = Field(0, ge=0, description="Decides scenes, noise and initial weights.")
+
+
+class _Stage(_Part):
+    seed: int = Field(0, ge=0, description="Decides prompts, noise and initial weights.")
     out: str = Field(description="Folder of checkpoints and logs, relative to where the command runs.")
 
 
+# --- the miniature's own stages --------------------------------------------------------------------------------------
 class PretrainConfig(_Stage):
     """The miniature's base (see :mod:`training.pretrain`)."""
 
@@ -51,12 +64,241 @@ class AutoencoderConfig(_Stage):
     save_minutes: float = Field(4.0, gt=0)
 
 
-Config = PretrainConfig | AutoencoderConfig
-Recipe = Annotated[Config, Field(discriminator="stage")]
+# --- parts of the stages that train an adapter -----------------------------------------------------------------------
+class Task(_Part):
+    """Prompts of one kind: how many of a batch, who teaches them, what rewards them."""
+
+    name: str
+    prompts: str = Field(description="A prompt file, or `builtin:shapes` or `builtin:signs` of the miniature.")
+    share: float = Field(1.0, gt=0, description="Weight of this task among the samples of a batch.")
+    held_out: int = Field(64, ge=0, description="Prompts kept from training, for `check`; 0 for builtin prompts.")
+    teacher: str | None = Field(None, description="One of [teachers]; needed by `distill` and `sft`.")
+    rewards: dict[str, float] = Field(
+        default_factory=dict, description="Reward -> weight; needed by `grpo`, and by `check` to judge the teacher."
+    )
+
+
+class Teacher(_Part):
+    """One frozen expert: an adapter, or a whole model at the price of a copy of the backbone."""
+
+    source: str = Field(description="An adapter (folder, file, hub:REPO@REV), a model such as tiny:ocr, or `base`.")
+    guidance: float | None = Field(None, gt=0, description="Where its record differs from the student's.")
+    text_length: int | None = Field(None, ge=0, description="In T5 tokens, where its record differs.")
+
+
+class Anchor(Teacher):
+    """Manifold Anchor Regularization: ``weight`` is lambda (0.02 in the paper's v5, 0.04 in the public code)."""
+
+    weight: float = Field(0.02, ge=0)
+
+
+class Lora(_Part):
+    """The student's adapter."""
+
+    rank: int = Field(32, gt=0)
+    alpha: float = Field(64.0, gt=0, description="The change is alpha / rank * B A.")
+    target_modules: list[str] = Field(default_factory=lambda: list(ATTENTION), min_length=1)
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+class Optimizer(_Part):
+    """AdamW with the settings of record, and the weights' moving average."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(1e-4, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    ema: float = Field(0.9, ge=0, lt=1)
+    ema_every: int = Field(8, gt=0, description="Optimiser steps between two updates of the average.")
+
+
+class Rollout(_Part):
+    """How trajectories are drawn, and on which of their steps the student is trained."""
+
+    steps: int = Field(10, gt=0, description="T.")
+    sampler: Literal["sde", "cps", "ode"] = "sde"
+    a: float = Field(0.7, ge=0, description="Noise level of sde and cps.")
+    guidance: float | None = Field(None, gt=0, description="None: the sampling record's.")
+    window: int | None = Field(None, gt=0, description="Trained steps a sample, drawn per sample; None: all.")
+    window_range: tuple[int, int] | None = Field(None, description="Steps from, and up to but not with, drawn from.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.sampler == "cps" and self.a > 1:
+            raise ValueError(f"cps takes a noise level of at most 1, but a is {self.a}.")
+        if self.sampler != "ode" and self.a == 0:
+            raise ValueError(f"{self.sampler} with a = 0 is deterministic; say sampler = 'ode'.")
+        low, high = self.window_range or (0, self.steps)
+        if not 0 <= low < high <= self.steps:
+            raise ValueError(f"window_range {self.window_range} is not within the {self.steps} steps 0..{self.steps}.")
+        if self.window_range and self.window is None:
+            raise ValueError("window_range says where `window` is drawn; give `window` too.")
+        if self.window and self.window > high - low:
+            raise ValueError(f"A window of {self.window} steps does not fit into steps {low}..{high}.")
+        return self
+
+
+class _Trained(_Stage):
+    """What the stages that train an adapter on a frozen backbone have in common."""
+
+    base: str = Field(description="The backbone: tiny:base, flow-opd:base, a folder, hub:REPO@REV.")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="None: the sampling record's.")
+    start: str = Field("none", description="none, merge (of the teachers), or an adapter to go on from.")
+    steps: int = Field(gt=0, description="Optimiser steps (`grpo`: rollout batches).")
+    batch_size: int = Field(gt=0, description="Samples a step, over all processes.")
+    micro_batch: int = Field(gt=0, description="Samples a forward.")
+    tasks: list[Task] = Field(min_length=1)
+    teachers: dict[str, Teacher] = Field(default_factory=dict)
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    gradient_checkpointing: bool = False
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
+    cache: str = Field("runs/cache/embeddings", description="Where text embeddings are kept.")
+    log_every: int = Field(1, gt=0)
+    strip_every: int = Field(50, ge=0, description="Steps between two strips of pictures; 0 for none.")
+    strip_prompts: int = Field(6, gt=0)
+    save_minutes: float = Field(5.0, ge=0)
+    keep: int = Field(2, gt=0, description="Checkpoints on the disk.")
+    patience: int = Field(20, gt=0, description="Steps that zero gradients or rewards without variance may last.")
+
+    @property
+    def group(self) -> int:
+        """Samples a prompt."""
+        return 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"Task names must differ, but got {', '.join(names)}.")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}.")
+        if self.micro_batch % self.group:
+            raise ValueError(f"micro_batch {self.micro_batch} is no multiple of group {self.group}.")
+        if self.start == "merge" and not self.teachers:
+            raise ValueError("start = 'merge' merges the teachers, but there are no [teachers].")
+        return self
+
+    def _needs_teachers(self) -> None:
+        known = ", ".join(self.teachers) or "none"
+        for task in self.tasks:
+            if task.teacher is None:
+                raise ValueError(f"Task {task.name!r} has no teacher; give it `teacher = …`, one of: {known}.")
+            if task.teacher not in self.teachers:
+                raise ValueError(
+                    f"Task {task.name!r} names the teacher {task.teacher!r}; [teachers] has: {known}. "
+                    f"Add [teachers.{task.teacher}] or change the task."
+                )
+        idle = set(self.teachers) - {task.teacher for task in self.tasks}
+        if idle:
+            raise ValueError(f"No task is routed to {', '.join(sorted(idle))}; remove it or give it a task.")
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+class DistillConfig(_Trained):
+    """Flow-OPD (see :mod:`training.distill`)."""
+
+    stage: Literal["distill"]
+    objective: Literal["direct", "ode", "policy_gradient"] = "direct"
+    kl_weight: Literal["transition", "flow-opd-code", "velocity", "euler"] = "transition"
+    group_size: int = Field(1, gt=0, description="Samples a prompt; policy_gradient needs two or more.")
+    advantage: Literal["leave_one_out", "normalised"] = Field("leave_one_out", description="policy_gradient only.")
+    clip: float | None = Field(None, gt=0, description="policy_gradient: PPO's clip of the ratio; None is unclipped.")
+    rollout: Rollout = Rollout()
+    anchor: Anchor | None = None
+
+    @property
+    def group(self) -> int:
+        """Samples a prompt."""
+        return self.group_size
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        self._needs_teachers()
+        sampler, weight = self.rollout.sampler, self.kl_weight
+        if self.objective == "ode" and sampler != "ode":
+            raise ValueError(f"objective = 'ode' takes its states from the ODE; set rollout.sampler (now {sampler!r}).")
+        if self.objective == "policy_gradient" and sampler == "ode":
+            raise ValueError("policy_gradient needs transitions with a density; set rollout.sampler to sde or cps.")
+        if self.objective == "policy_gradient" and self.group_size < 2:
+            raise ValueError(f"policy_gradient compares samples of one prompt; group_size is {self.group_size}.")
+        if weight == "transition" and sampler == "ode":
+            raise ValueError("An ODE step has no density, so no `transition` weight; use euler or velocity.")
+        if weight == "flow-opd-code" and sampler != "sde":
+            raise ValueError("flow-opd-code is the public code's weight of the SDE; use rollout.sampler = 'sde'.")
+        return self
+
+
+class SFTConfig(_Trained):
+    """The cold start by fine-tuning on the teachers' pictures (see :mod:`training.coldstart`)."""
+
+    stage: Literal["sft"]
+    pictures: int = Field(gt=0, description="Pictures drawn from the routed teachers, once.")
+    picture_steps: int = Field(20, gt=0, description="Euler steps of those pictures.")
+    text_dropout: float = Field(0.1, ge=0, le=1)
+    sigma_mean: float = 0.0
+    sigma_std: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _taught(self) -> Self:
+        self._needs_teachers()
+        return self
+
+
+class GRPOConfig(_Trained):
+    """Flow-GRPO on one reward, or on several at once (GRPO-Mix) (see :mod:`training.grpo`)."""
+
+    stage: Literal["grpo"]
+    group_size: int = Field(16, gt=1, description="G: samples a prompt.")
+    rollout: Rollout = Rollout()
+    std: Literal["batch", "group", "none"] = Field("batch", description="What advantages are divided by.")
+    trust: Literal["clip", "dppo"] = "clip"
+    clip: float = Field(1e-4, gt=0, description="Of the ratio of mean log-probabilities.")
+    tau: float = Field(1e-5, gt=0, description="dppo: largest transition KL to the policy that drew the sample.")
+    beta: float = Field(0.0, ge=0, description="Weight of the transition KL to the base.")
+    updates: int = Field(1, gt=0, description="Optimiser steps for each batch of rollouts.")
+    shared_noise: bool = Field(False, description="One starting noise for all samples of a prompt.")
+
+    @property
+    def group(self) -> int:
+        """Samples a prompt."""
+        return self.group_size
+
+    @model_validator(mode="after")
+    def _rewarded(self) -> Self:
+        for task in self.tasks:
+            if not task.rewards:
+                raise ValueError(f"Task {task.name!r} has no rewards; give it `rewards = {{ocr = 1.0}}` or others.")
+        if self.rollout.sampler == "ode":
+            raise ValueError("GRPO needs transitions with a density; set rollout.sampler to sde or cps.")
+        if (self.batch_size // self.micro_batch) % self.updates:
+            raise ValueError(f"{self.batch_size // self.micro_batch} micro batches do not make {self.updates} updates.")
+        return self
+
+
+class MergeConfig(_Stage):
+    """One adapter out of several, without training (see :mod:`training.coldstart`)."""
+
+    stage: Literal["merge"]
+    base: str
+    teachers: dict[str, float] = Field(min_length=1, description="Adapter source or model -> weight.")
+    rank: int | None = Field(None, gt=0)
+    method: Literal["exact", "factors"] = "exact"
+
+
+Trained = DistillConfig | SFTConfig | GRPOConfig
+Config = PretrainConfig | AutoencoderConfig | DistillConfig | SFTConfig | GRPOConfig | MergeConfig
+_RECIPE: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="stage")])
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a recipe and apply ``key=value`` overrides (values are TOML, a bare word is a string).
+    """Read a recipe and apply ``key=value`` overrides (``rollout.steps=5``; values are TOML, a bare word is a string).
 
     Raises:
         ValueError: names the file, each wrong key and what was expected.
@@ -66,17 +308,32 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for item in overrides or []:
-        key, separator, text = item.partition("=")
-        if not separator:
-            raise ValueError(f"--set {item}: expected key=value.")
-        try:
-            values[key] = tomllib.loads(f"x = {text}")["x"]
-        except tomllib.TOMLDecodeError:
-            values[key] = text
+        _override(values, item)
     try:
-        return TypeAdapter(Recipe).validate_python(values)
+        return _RECIPE.validate_python(values)
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {e['msg']} (got {e['input']!r})" for e in error.errors()
-        ]
+        lines = [f"  {_place(e)}: {e['msg'].removeprefix('Value error, ')}{_got(e)}" for e in error.errors()]
         raise ValueError(f"{path} is not a valid recipe:\n" + "\n".join(lines)) from None
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator:
+        raise ValueError(f"--set {item}: expected key=value.")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.strip().split(".")
+    table: Any = values
+    for name in tables:  # `tasks.0.share=2` reaches into a list
+        table = table[int(name)] if isinstance(table, list) else table.setdefault(name, {})
+    table[last] = value
+
+
+def _place(error: Any) -> str:
+    return ".".join(str(part) for part in error["loc"][1:]) or "recipe"
+
+
+def _got(error: Any) -> str:
+    return "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"

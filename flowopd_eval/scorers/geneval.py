@@ -165,6 +165,35 @@ def verdict(record: Mapping[str, Any], objects: Objects, protocol: GenEvalProtoc
     return Score(0.0 if reasons else 1.0, "; ".join(reasons), _detail(objects))
 
 
+def partial_credit(record: Mapping[str, Any], objects: Objects, protocol: GenEvalProtocol = OFFICIAL) -> Score:
+    """A reward for training, 0..1, that grows with every clause half met; not a verdict, and never reported as one.
+
+    The mean over include clauses of: ``1 - |count - found| / count``, at least 0, all found objects of the class
+    counted; where the clause names a colour, the share of objects that have it; where it names a position, 1 or 0. A
+    colour or position of a clause whose count is wrong is worth 0. This is the reward of Flow-GRPO's server with its
+    two mistakes left out: there an excess of objects counts without a floor (down to -14), and a wrong position as 1/2.
+    """
+    points: list[float] = []
+    reasons: list[str] = []
+    include = record.get("include", ())
+    groups = [_take(clause, objects) for clause in include]
+    for clause, taken in zip(include, groups, strict=True):
+        found, count = len(objects.get(clause["class"], ())), clause["count"]
+        points.append(max(0.0, 1 - abs(count - found) / count))
+        if found != count:
+            reasons.append(f"expected {_number_of(count, clause['class'])}, found {found}")
+        if "color" in clause:
+            right = sum(detection.colour == clause["color"] for detection in taken)
+            points.append(right / count if found == count else 0.0)
+            reasons.append(_wrong_colour(clause, taken) if found == count else "")
+        if "position" in clause:
+            wrong = _wrong_position(clause, taken, include, [g or None for g in groups], protocol.position_margin)
+            points.append(float(found == count and not wrong))
+            reasons.append(wrong)
+    value = math.fsum(points) / len(points)
+    return Score(value, "; ".join(reason for reason in reasons if reason), _detail(objects))
+
+
 def _take(clause: Mapping[str, Any], objects: Objects) -> Sequence[Detection]:
     return objects.get(clause["class"], ())[: clause["count"]]
 
@@ -264,6 +293,9 @@ class GenEvalScorer:
     the others of its batch are judged.
     """
 
+    metric = "geneval"
+    judge = staticmethod(verdict)
+
     def __init__(self, detector: Detector, protocol: str = OFFICIAL.name) -> None:
         """``protocol`` is one of :data:`PROTOCOLS`; another one is a RequestError."""
         if protocol not in PROTOCOLS:
@@ -273,7 +305,7 @@ class GenEvalScorer:
 
     def identity(self) -> Mapping[str, Any]:
         """The metric, the protocol with its numbers, and the detector."""
-        return {"metric": "geneval", "protocol": asdict(self.protocol), "detector": dict(self.detector.identity())}
+        return {"metric": self.metric, "protocol": asdict(self.protocol), "detector": dict(self.detector.identity())}
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
         """Judge each picture against its prompt's clauses: 1.0, 0.0, or None with the error.
@@ -310,7 +342,14 @@ class GenEvalScorer:
             objects = [
                 with_colours(o, dict(zip(q, c, strict=True))) for o, q, c in zip(objects, queries, colours, strict=True)
             ]
-        return [verdict(p.fields, o, self.protocol) for p, o in zip(prompts, objects, strict=True)]
+        return [self.judge(p.fields, o, self.protocol) for p, o in zip(prompts, objects, strict=True)]
+
+
+class PartialCreditScorer(GenEvalScorer):
+    """:func:`partial_credit` over batches of pictures: a reward for training."""
+
+    metric = "partial_credit"
+    judge = staticmethod(partial_credit)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -53,8 +53,10 @@ WORDS = tuple(
     "SUN TAXI TEA TOWN UP VAN WEST WIFI WINE YES ZOO".split()
 )
 
-# Smallest and largest half extent in pixels, by the number of objects in the scene.
-_RADII = {1: (10.0, 15.0), 2: (8.5, 12.5), 3: (8.0, 10.5), 4: (7.5, 9.5)}
+# Everything stands on a grid of one latent cell: a small model then meets each edge in few phases, not endlessly many.
+_GRID = 4
+# Half extents in pixels, by the number of objects in the scene.
+_RADII = {1: (10.0, 12.0, 14.0), 2: (9.0, 11.0), 3: (8.0, 10.0), 4: (8.0,)}
 _GAP = 3.0  # least distance between two bounding boxes, pixels
 _MARGIN = 2.5  # least distance from a bounding box to the border, pixels
 _SUPERSAMPLING = 8
@@ -123,12 +125,12 @@ def colour_rgb(rng: np.random.Generator, name: str) -> tuple[int, int, int]:
 
 
 def _scatter(rng: np.random.Generator, radii: Sequence[float]) -> list[tuple[float, float]] | None:
-    """Centres for circles of the given radii whose bounding boxes keep clear of each other and of the border."""
+    """Centres on the grid for shapes of the given radii whose boxes keep clear of each other and of the border."""
     centres: list[tuple[float, float]] = []
     for index, radius in enumerate(radii):
-        low, high = _MARGIN + radius, SIZE - _MARGIN - radius
+        low, high = math.ceil((_MARGIN + radius) / _GRID), math.floor((SIZE - _MARGIN - radius) / _GRID)
         for _ in range(60):
-            x, y = rng.uniform(low, high, 2)
+            x, y = rng.integers(low, high + 1, 2) * _GRID
             clear = (
                 max(abs(x - cx), abs(y - cy)) >= radius + radii[j] + _GAP for j, (cx, cy) in enumerate(centres[:index])
             )
@@ -142,7 +144,7 @@ def _scatter(rng: np.random.Generator, radii: Sequence[float]) -> list[tuple[flo
 
 def _place_things(rng: np.random.Generator, count: int) -> tuple[list[float], list[tuple[float, float]]]:
     while True:
-        radii = [_uniform(rng, _RADII[count]) for _ in range(count)]
+        radii = [float(rng.choice(_RADII[count])) for _ in range(count)]
         centres = _scatter(rng, radii)
         if centres is not None:
             return radii, centres
@@ -239,9 +241,8 @@ _BOARDS = (("white", "black"), ("yellow", "black"), ("green", "white"), ("blue",
 def _sample_sign(rng: np.random.Generator) -> Sign:
     word = WORDS[rng.integers(len(WORDS))]
     board, ink = _BOARDS[rng.integers(len(_BOARDS))]
-    half_height = _uniform(rng, (13.0, 15.0))
-    x, y = SIZE / 2 + rng.uniform(-1.5, 1.5), SIZE / 2 + rng.uniform(-9.0, 9.0)
-    return Sign(word, float(x), float(y), 29.0, half_height, colour_rgb(rng, board), colour_rgb(rng, ink))
+    y = SIZE // 2 + _GRID * int(rng.integers(-2, 3))
+    return Sign(word, SIZE / 2, float(y), 29.0, 14.0, colour_rgb(rng, board), colour_rgb(rng, ink))
 
 
 def _outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float]] | None:

@@ -13,6 +13,7 @@ from flowopd_eval.tiny.scenes import COLOURS, NUMBERS, PLACES, PREFIXES, RELATIO
 
 PROMPTS_A_TASK = 96  # of single_object there are 105 in all, so no more than that for balance
 SIGN_PROMPTS = 120
+TRAINING_A_TASK, DEVELOPMENT_A_TASK, DEVELOPMENT_SIGNS = 320, 16, 48
 _WHERE = ("", *(f" on {place}" for place in PLACES))
 
 # A phrase: its text and its GenEval fields.
@@ -27,13 +28,47 @@ def shapes_geneval_prompts() -> list[Prompt]:
     take one where the number does not divide.
     """
     drawn = [(task, text, fields) for task, phrases in _phrases().items() for text, fields in _draw_shapes(phrases)]
-    return [Prompt(f"shapes-{n:05d}", text, task, fields) for n, (task, text, fields) in enumerate(drawn)]
+    return _numbered(drawn, "shapes")
 
 
 def sign_prompts() -> list[Prompt]:
     """120 distinct prompts ``a sign that says "WORD"``, with or without a place; ids ``signs-00000`` …"""
-    words = {f'a sign that says "{word}"{where}': word for word, where in product(WORDS, _WHERE)}
-    return [Prompt(f"signs-{n:05d}", text, SIGN_TASK) for n, text in enumerate(_balanced(words, SIGN_PROMPTS))]
+    return _numbered([(SIGN_TASK, text, {}) for text in _balanced(_sign_texts(), SIGN_PROMPTS)], "signs")
+
+
+def shapes_training_prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on (up to 320 a task), and 16 a task to choose settings by; none of them is the suite's.
+
+    Both come from the suite's grammar and carry its clauses. Of single objects the suite leaves nine prompts, so that
+    there those of development are among those of training.
+    """
+    training, development = [], []
+    taken = {prompt.prompt for prompt in shapes_geneval_prompts()}
+    for task, phrases in _phrases().items():
+        texts = {text: phrase for text, phrase in _texts(phrases).items() if text not in taken}
+        groups = {text: _colours(fields) or phrase for text, (phrase, fields) in texts.items()}
+        order = _balanced(groups, len(groups))
+        kept = order[:DEVELOPMENT_A_TASK]
+        rest = [text for text in order if text not in kept][:TRAINING_A_TASK] or order
+        development += [(task, text, texts[text][1]) for text in kept]
+        training += [(task, text, texts[text][1]) for text in rest]
+    return _numbered(training, "shapes-train"), _numbered(development, "shapes-dev")
+
+
+def sign_training_prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """Signs to train on, and 48 to choose settings by; neither holds a prompt of the suite."""
+    taken = {prompt.prompt for prompt in sign_prompts()}
+    words = {text: word for text, word in _sign_texts().items() if text not in taken}
+    order: list[tuple[str, str, dict[str, Any]]] = [(SIGN_TASK, text, {}) for text in _balanced(words, len(words))]
+    return _numbered(order[DEVELOPMENT_SIGNS:], "signs-train"), _numbered(order[:DEVELOPMENT_SIGNS], "signs-dev")
+
+
+def _numbered(drawn: Iterable[tuple[str, str, dict[str, Any]]], name: str) -> list[Prompt]:
+    return [Prompt(f"{name}-{n:05d}", text, task, fields) for n, (task, text, fields) in enumerate(drawn)]
+
+
+def _sign_texts() -> dict[str, str]:
+    return {f'a sign that says "{word}"{where}': word for word, where in product(WORDS, _WHERE)}
 
 
 def _phrases() -> dict[str, list[_Phrase]]:
@@ -60,11 +95,16 @@ def _phrase(
     return text, fields | ({"exclude": list(exclude)} if exclude else {})
 
 
-def _draw_shapes(phrases: Iterable[_Phrase]) -> list[_Phrase]:
-    full = {
+def _texts(phrases: Iterable[_Phrase]) -> dict[str, _Phrase]:
+    """Every caption of the phrases -> the phrase it is of and its fields."""
+    return {
         f"{prefix} {text}{where}": (text, fields)
         for (text, fields), prefix, where in product(phrases, PREFIXES, _WHERE)
     }
+
+
+def _draw_shapes(phrases: Iterable[_Phrase]) -> list[_Phrase]:
+    full = _texts(phrases)
     groups = {text: _colours(fields) or phrase for text, (phrase, fields) in full.items()}
     return [(text, full[text][1]) for text in _balanced(groups, PROMPTS_A_TASK)]
 

@@ -1,0 +1,137 @@
+"""Cold starts: fine-tuning on the teachers' own pictures, and the merge of their adapters (Flow-OPD, section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowopd_eval.adapters import merge_adapters, write_adapter
+from flowopd_eval.errors import RequestError
+from flowopd_eval.flow import ode_step, shifted_sigmas
+from flowopd_eval.pipeline import draw_noise
+from training.config import MergeConfig, SFTConfig
+from training.data import Mixture, Sample, Text
+from training.loop import Means, Parallel
+from training.policies import Policies, adapter_of
+
+
+class SFT:
+    """Flow matching on pictures that the routed teachers drew, once and kept as latents.
+
+    Picture n is drawn for sample n of the recipe's sequence of samples; step by step, the batches go through the
+    pictures in an order drawn anew for every pass.
+    """
+
+    def __init__(self, config: SFTConfig, policies: Policies, mixture: Mixture, parallel: Parallel) -> None:
+        self.config, self.policies, self.parallel = config, policies, parallel
+        batches = range(-(-config.pictures // config.batch_size))
+        self.samples = [s for n in batches for s in mixture.samples(n)][: config.pictures]
+        self.folder = Path(config.out) / "pictures"
+        self._latents: dict[int, Tensor] = {}
+
+    def identity(self) -> dict:
+        """Nothing beyond the recipe."""
+        return {}
+
+    def updates(self, step: int) -> Iterator[Means]:
+        """Accumulate the gradients of one update and yield its means."""
+        means = Means()
+        batch = [self._index(step * self.config.batch_size + n) for n in range(self.config.batch_size)]
+        for rows, last in self.parallel.micro_batches(batch, self.config.micro_batch):
+            clean = torch.stack([self._latent(index) for index in rows]).to(self.policies.device)
+            samples = [self.samples[index] for index in rows]
+            noise, sigma, keep = self._noise(step, samples, clean)
+            text, empty = self.policies.conditions([s.prompt.prompt for s in samples]).at(
+                self.policies.record.text_length
+            )
+            text = Text(
+                torch.where(keep[:, None, None], text.states, empty.states),
+                torch.where(keep[:, None], text.pooled, empty.pooled),
+            )
+            level = sigma[:, None, None, None]
+            with self.parallel.sync(last):
+                v = self.policies.student_velocity((1 - level) * clean + level * noise, sigma, text)
+                loss = (v.float() - (noise - clean)).square().mean((1, 2, 3))
+                self.parallel.backward(loss.sum())
+            means.add("loss", *loss)
+        yield means
+
+    def _index(self, position: int) -> int:
+        """Which picture stands at ``position`` of the endless sequence of passes."""
+        epoch, place = divmod(position, len(self.samples))
+        source = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        return int(torch.randperm(len(self.samples), generator=source)[place])
+
+    def _noise(self, step: int, samples: list[Sample], clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noise (B, C, H, W), noise levels (B,), whether the prompt is shown (B,): each sample's from its own seed."""
+        rows = []
+        for sample in samples:
+            source = torch.Generator().manual_seed(int(_digest(f"sft|{sample.seed}|{step}"), 16) % 2**63)
+            level = torch.randn((), generator=source) * self.config.sigma_std + self.config.sigma_mean
+            keep = torch.rand((), generator=source) >= self.config.text_dropout
+            rows.append((torch.randn(clean.shape[1:], generator=source), level.sigmoid(), keep))
+        noise, sigma, keep = (torch.stack(column).to(clean.device) for column in zip(*rows, strict=True))
+        return noise, sigma, keep
+
+    def _latent(self, index: int) -> Tensor:
+        if index not in self._latents:
+            size = self.config.micro_batch
+            first = index // size * size
+            self._latents.update(enumerate(self._block(first, size), start=first))
+        return self._latents[index]
+
+    def _block(self, first: int, size: int) -> Tensor:
+        """Latents of ``size`` pictures from the kept file, drawn where it is not there yet."""
+        path = self.folder / f"{first:06d}.safetensors"
+        samples = self.samples[first : first + size]
+        key = _digest(
+            "|".join(f"{s.prompt.prompt}{s.seed}{self.policies.experts[str(s.task.teacher)].sha256}" for s in samples)
+        )
+        if path.is_file() and (kept := load_file(path)).keys() == {key}:
+            return kept[key]
+        policies, record = self.policies, self.policies.record
+        sigmas = shifted_sigmas(self.config.picture_steps, record.shift).to(policies.device)
+        x = draw_noise([s.seed for s in samples], policies.latent_shape).to(policies.device)
+        conditions = policies.conditions([s.prompt.prompt for s in samples])
+        teachers = [policies.experts[str(s.task.teacher)] for s in samples]
+        for sigma, following in itertools.pairwise(sigmas):
+            x = ode_step(x, policies.frozen(teachers, x, sigma, conditions), sigma, following)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{self.parallel.accelerator.process_index}.part")
+        save_file({key: x.cpu().contiguous()}, part)
+        part.replace(path)
+        return x.cpu()
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def merge(config: MergeConfig, out: Path) -> Path:
+    """Write one adapter made of several, with its report beside it; returns the adapter's folder.
+
+    Raises:
+        RequestError: a teacher that is no adapter.
+    """
+    weighted = []
+    for source, weight in config.teachers.items():
+        adapter = adapter_of(source)
+        if adapter is None:
+            raise RequestError(f"{source} is no adapter; only adapters can be merged.")
+        weighted.append((adapter, weight))
+    merged, report = merge_adapters(weighted, config.rank, config.method)
+    write_adapter(merged, out / "adapter", base_model=config.base)
+    found = {"sources": [a.source for a, _ in weighted], "sha256": [a.sha256 for a, _ in weighted], **asdict(report)}
+    (out / "merge.json").write_text(json.dumps({"recipe": config.model_dump(), **found}, indent=2) + "\n")
+    print(f"Cut off: {report.discarded_energy:.2%} of the mean's energy. Cosines between the teachers' changes:")
+    for source, row in zip(config.teachers, report.cosines, strict=True):
+        print("  " + " ".join(f"{value:6.3f}" for value in row) + f"  {source}")
+    return out / "adapter"

@@ -1,0 +1,202 @@
+"""Prompts of the tasks, in which order they come, and their text embeddings.
+
+Which prompts make up step n, and with which noise, is a function of the recipe, its seed and n alone: a resumed run
+goes on with the prompts it would have had, and two processes share the batch that one would have drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flowopd_eval.errors import RequestError
+from flowopd_eval.prompts import read_prompts
+from flowopd_eval.records import Prompt
+from flowopd_eval.tiny.suite import shapes_training_prompts, sign_training_prompts
+from training.config import Task
+
+BUILTIN: Mapping[str, Callable[[], tuple[list[Prompt], list[Prompt]]]] = {
+    "builtin:shapes": shapes_training_prompts,
+    "builtin:signs": sign_training_prompts,
+}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One trajectory to draw: its prompt, the task that decides teacher and reward, and the seed of its noise."""
+
+    prompt: Prompt
+    task: Task
+    seed: int
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's prompts: those to train on and those held out to judge by."""
+
+    training: list[Prompt]
+    held_out: list[Prompt]
+
+
+def task_prompts(task: Task) -> Prompts:
+    """Read a task's prompts; ``task.held_out`` of a file's, chosen by the hash of their ids, are held out.
+
+    Raises:
+        RequestError: unknown builtin prompts, a file that cannot be read, or one with nothing left to train on.
+    """
+    if task.prompts.startswith("builtin:"):
+        if task.prompts not in BUILTIN:
+            raise RequestError(f"Task {task.name!r}: {task.prompts!r} is none of {', '.join(BUILTIN)}.")
+        return Prompts(*BUILTIN[task.prompts]())
+    prompts = read_prompts(task.prompts, task=task.name)
+    if len(prompts) <= task.held_out:
+        raise RequestError(
+            f"Task {task.name!r}: {task.prompts} has {len(prompts)} prompts, and held_out = {task.held_out} of them "
+            "are kept from training; lower held_out or give more prompts."
+        )
+    order = sorted(prompts, key=lambda p: hashlib.sha256(p.id.encode()).digest())
+    held = {p.id for p in order[: task.held_out]}
+    return Prompts([p for p in prompts if p.id not in held], [p for p in prompts if p.id in held])
+
+
+class Mixture:
+    """Which samples make up which step.
+
+    Tasks alternate so that their shares hold in every stretch of samples, not only on average. Within a task its
+    prompts' own tags (GenEval's six, say) take turns, and of each tag every prompt comes once before any comes again.
+
+    Args:
+        tasks: the recipe's tasks.
+        prompts: each task's prompts to train on, by its name.
+        batch: samples a step.
+        group: samples a prompt, side by side in the batch.
+        seed: of orders and noise.
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], prompts: Mapping[str, Sequence[Prompt]], batch: int, group: int, seed: int
+    ) -> None:
+        self.tasks, self.batch, self.group, self.seed = list(tasks), batch, group, seed
+        self._tags = [_by_tag(prompts[task.name]) for task in tasks]
+        total = sum(task.share for task in tasks)
+        self._shares = [task.share / total for task in tasks]
+
+    def samples(self, step: int) -> list[Sample]:
+        """The samples of ``step``, the same however often and wherever it is asked."""
+        groups = self.batch // self.group
+        chosen = []
+        for position in range(step * groups, (step + 1) * groups):
+            task, occurrence = self._place(position)
+            prompt = self._prompt(task, occurrence)
+            chosen += [
+                Sample(prompt, self.tasks[task], prompt.seed(self.seed, position * self.group + k))
+                for k in range(self.group)
+            ]
+        return chosen
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Task at ``position`` of the endless sequence, and how often it came before.
+
+        The k-th prompt of a task falls due at time (k + 1/2) / share; the sequence is all of them in order of time.
+        """
+        # All tasks together have one prompt due a unit of time: what is due well before `position` has surely come.
+        start = max(0, position - 2 * len(self.tasks))
+        done = [max(0, int(np.floor(start * share + 0.5))) for share in self._shares]
+        passed = sum(done)
+        while True:
+            due = [((k + 0.5) / share, task) for task, (k, share) in enumerate(zip(done, self._shares, strict=True))]
+            task = min(due)[1]
+            if passed == position:
+                return task, done[task]
+            done[task] += 1
+            passed += 1
+
+    def _prompt(self, task: int, occurrence: int) -> Prompt:
+        tags = self._tags[task]
+        prompts = tags[occurrence % len(tags)]
+        round_, place = divmod(occurrence // len(tags), len(prompts))
+        order = np.random.default_rng([self.seed, task, occurrence % len(tags), round_]).permutation(len(prompts))
+        return prompts[order[place]]
+
+
+def _by_tag(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    tags: dict[str, list[Prompt]] = {}
+    for prompt in prompts:
+        tags.setdefault(prompt.task, []).append(prompt)
+    return list(tags.values())
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text embeddings of a batch: ``states`` (B, L, W) and ``pooled`` (B, P)."""
+
+    states: Tensor
+    pooled: Tensor
+
+    def repeat(self, times: int) -> Text:
+        """The batch ``times`` times over."""
+        return Text(self.states.repeat(times, 1, 1), self.pooled.repeat(times, 1))
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> Text:
+        return Text(self.states[rows], self.pooled[rows])
+
+    @classmethod
+    def stack(cls, texts: Sequence[Text], device: torch.device | str, dtype: torch.dtype) -> Text:
+        """One batch of single texts, on ``device``."""
+        states, pooled = (torch.stack([getattr(t, name) for t in texts]) for name in ("states", "pooled"))
+        return cls(states.to(device, dtype), pooled.to(device, dtype))
+
+
+class Embeddings:
+    """Text embeddings, each computed once and kept on disk by encoder hash, length and text.
+
+    Args:
+        folder: the cache.
+        encoders: hash of the text encoders' and tokenizers' files.
+        encode: ``encode(texts, length)``, called for what is not there yet; returns states and pooled vectors.
+    """
+
+    def __init__(self, folder: Path, encoders: str, encode: Callable[[list[str], int], tuple[Tensor, Tensor]]) -> None:
+        self.folder, self.encode = folder / encoders[:16], encode
+        self._texts: dict[tuple[str, int], Text] = {}
+
+    def prepare(self, texts: Sequence[str], length: int, batch: int = 32) -> int:
+        """Make sure that ``texts`` are there; returns how many had to be encoded."""
+        wanted = [text for text in dict.fromkeys(texts) if (text, length) not in self._texts]
+        missing = [text for text in wanted if not self._load(text, length)]
+        for start in range(0, len(missing), batch):
+            chunk = missing[start : start + batch]
+            states, pooled = self.encode(chunk, length)
+            for text, row_states, row_pooled in zip(chunk, states.cpu(), pooled.cpu(), strict=True):
+                self._keep(text, length, Text(row_states.contiguous(), row_pooled.contiguous()))
+        return len(missing)
+
+    def __call__(self, texts: Sequence[str], length: int, device: torch.device | str, dtype: torch.dtype) -> Text:
+        """The batch of ``texts`` at T5 length ``length``; they must have been prepared."""
+        return Text.stack([self._texts[text, length] for text in texts], device, dtype)
+
+    def _path(self, text: str, length: int) -> Path:
+        return self.folder / f"{hashlib.sha256(f'{length}|{text}'.encode()).hexdigest()[:32]}.safetensors"
+
+    def _load(self, text: str, length: int) -> bool:
+        path = self._path(text, length)
+        if not path.is_file():
+            return False
+        tensors = load_file(path)
+        self._texts[text, length] = Text(tensors["states"], tensors["pooled"])
+        return True
+
+    def _keep(self, text: str, length: int, value: Text) -> None:
+        path = self._path(text, length)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{torch.utils.data.get_worker_info() or ''}{id(self)}.part")
+        save_file({"states": value.states, "pooled": value.pooled}, part)
+        part.replace(path)
+        self._texts[text, length] = value

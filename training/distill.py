@@ -1,0 +1,158 @@
+"""Flow-OPD: the student draws, each sample's own teacher says what it would have done at every state the student meets.
+
+Fang et al., arXiv 2605.08063. One update: trajectories of a batch of prompts; at each trained step the student's guided
+velocity (with gradient), those of the routed teacher and of the anchor (one pass, without), the loss of
+:mod:`training.objectives`, its backward at once, and on to the next state, which carries no gradient. So the forward
+that draws is the forward that is trained, and the gradient is exactly on-policy. No reward, no log-probability.
+
+:class:`PolicyGradient` adds what the direct objective leaves out: that an action decides the states that follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from flowopd_eval import flow
+from training import objectives
+from training.config import DistillConfig
+from training.data import Mixture, Sample
+from training.loop import Means, Parallel
+from training.policies import ANCHOR, Conditions, Policies
+from training.rollout import Schedule, Step, generators, noise_like, rollout, windows
+
+
+class Distillation:
+    """The direct objective, on states of the SDE, of CPS or of the ODE."""
+
+    def __init__(self, config: DistillConfig, policies: Policies, mixture: Mixture, parallel: Parallel) -> None:
+        self.config, self.policies, self.mixture, self.parallel = config, policies, mixture, parallel
+        r, record = config.rollout, policies.record
+        self.guidance = r.guidance or record.guidance
+        self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
+        self.weights = self.schedule.kl_weights(config.kl_weight)
+        self.anchor = policies.experts.get(ANCHOR)
+        self.anchor_weight = config.anchor.weight if config.anchor else 0.0
+
+    def identity(self) -> dict:
+        """Nothing beyond the recipe."""
+        return {}
+
+    def updates(self, step: int) -> Iterator[Means]:
+        """Accumulate the gradients of one update and yield its means."""
+        means = Means()
+        for samples, last in self.parallel.micro_batches(self.mixture.samples(step), self.config.micro_batch):
+            self.accumulate(samples, last, means)
+        yield means
+
+    def accumulate(self, samples: Sequence[Sample], last: bool, means: Means) -> None:
+        """Gradients of one micro batch; they are shared between processes on its last backward if it is the last."""
+        trained = self._trained_steps(samples)
+        final = max(steps[-1] for steps in trained)
+        conditions = self.policies.conditions([sample.prompt.prompt for sample in samples])
+
+        def velocity(i: int, x: Tensor) -> Tensor:
+            rows = [row for row, steps in enumerate(trained) if i in steps]
+            v = torch.empty(x.shape, device=x.device)
+            if rows:
+                share = torch.tensor([1 / len(trained[row]) for row in rows], device=x.device)
+                with self.parallel.sync(last and i == final):
+                    ours = self.policies.student(x[rows], self.schedule.sigmas[i], conditions[rows], self.guidance)
+                    loss = self._loss(i, x[rows], ours, conditions[rows], [samples[row] for row in rows], means)
+                    self.parallel.backward((loss * share).sum())
+                v[rows] = ours.detach()
+            if others := [row for row in range(len(x)) if row not in rows]:
+                with torch.no_grad():
+                    rest = self.policies.student(x[others], self.schedule.sigmas[i], conditions[others], self.guidance)
+                v[others] = rest
+            return v
+
+        self._follow(samples, conditions, list(self._draw(samples, velocity)), last, means)
+
+    def _draw(self, samples: Sequence[Sample], velocity) -> Iterator[Step]:  # noqa: ANN001
+        sources = generators([sample.seed for sample in samples])
+        start = torch.empty(len(samples), *self.policies.latent_shape, device=self.policies.device)
+        return rollout(self.schedule, velocity, noise_like(start, sources), sources)
+
+    def _trained_steps(self, samples: Sequence[Sample]) -> list[list[int]]:
+        r = self.config.rollout
+        drawn = windows([sample.seed for sample in samples], r.steps, r.window, r.window_range)
+        defined = self.weights.cpu() > 0
+        return [[i for i in steps if defined[i]] or steps[:1] for steps in drawn]
+
+    def _loss(
+        self, i: int, x: Tensor, ours: Tensor, conditions: Conditions, samples: Sequence[Sample], means: Means
+    ) -> Tensor:
+        """The KL to each row's teacher and, weighted, to the anchor at step ``i``: (B,)."""
+        teachers = [self.policies.experts[str(sample.task.teacher)] for sample in samples]
+        anchors = [self.anchor] * len(samples) if self.anchor else []
+        passes = 1 + bool(anchors)
+        frozen = self.policies.frozen(
+            [*teachers, *anchors], x.repeat(passes, 1, 1, 1), self.schedule.sigmas[i], conditions
+        )
+        kl = objectives.distillation(ours, frozen[: len(samples)], self.weights[i])
+        for sample, value in zip(samples, kl.detach(), strict=True):
+            means.add(f"kl/{sample.task.name}", value)
+        if not self.anchor:
+            return kl
+        pull = objectives.distillation(ours, frozen[len(samples) :], self.weights[i])
+        means.add("kl/anchor", *pull.detach())
+        return kl + self.anchor_weight * pull
+
+    def _follow(
+        self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step], last: bool, means: Means
+    ) -> None:
+        """What comes after the trajectories; nothing for the direct objective."""
+
+
+class PolicyGradient(Distillation):
+    """The gradient of the whole trajectory's KL: the direct term, and a score-function term with the reward-to-go.
+
+    ``config.advantage`` is ``leave_one_out`` (unbiased) or ``normalised`` (by group mean and std, as GRPO does);
+    ``config.clip`` clips the ratio, which is 1 as long as a batch is used for one update.
+    """
+
+    def accumulate(self, samples: Sequence[Sample], last: bool, means: Means) -> None:
+        """As the parent's, but gradients are shared at the end of the second pass."""
+        self._kl: list[Tensor] = []
+        super().accumulate(samples, False, means)
+        self._second_pass(samples, last)
+
+    def _follow(
+        self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step], last: bool, means: Means
+    ) -> None:
+        teachers = [self.policies.experts[str(sample.task.teacher)] for sample in samples]
+        kl = [
+            objectives.distillation(
+                step.velocity,
+                self.policies.frozen(teachers, step.x, self.schedule.sigmas[step.i], conditions),
+                self.weights[step.i],
+            )
+            for step in steps
+        ]
+        self._steps, self._conditions, self._kl = steps, conditions, kl
+
+    def _second_pass(self, samples: Sequence[Sample], last: bool) -> None:
+        group, advantage = self.config.group, self.config.advantage
+        to_go = objectives.reward_to_go(torch.stack(self._kl), self._steps[0].x[0].numel())  # (T, B)
+        baseline = (
+            partial(objectives.group_advantage, std="group") if advantage == "normalised" else objectives.leave_one_out
+        )
+        advantages = baseline(to_go, group)
+        trained = self._trained_steps(samples)
+        stochastic = [step for step in self._steps if self.schedule.stochastic[step.i]]
+        for step in stochastic:
+            share = torch.tensor([(step.i in steps) / len(steps) for steps in trained], device=step.x.device)
+            with self.parallel.sync(last and step is stochastic[-1]):
+                v = self.policies.student(step.x, self.schedule.sigmas[step.i], self._conditions, self.guidance)
+                log_prob = flow.log_prob(self.schedule.transition(step.i, step.x, v), step.x_next)
+                old = flow.log_prob(step.transition, step.x_next)
+                loss = (
+                    objectives.surrogate(log_prob, old, advantages[step.i])
+                    if self.config.clip is None
+                    else objectives.clipped_surrogate(log_prob, old, advantages[step.i], self.config.clip)
+                )
+                self.parallel.backward((loss * share).sum())

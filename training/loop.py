@@ -1,0 +1,290 @@
+"""What every stage that trains an adapter shares: the optimiser's loop, checkpoints, several processes, alarms.
+
+A stage accumulates the gradients of an update and yields its means (:class:`Stage`); the loop does the rest. What a
+step contains is a function of the recipe and the step's number, so that a run that was stopped and gone on with ends
+with the weights of one that was not: bit for bit on one device.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from diffusers.optimization import get_constant_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from flowopd_eval.adapters import Adapter, write_adapter
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.prompts import prompts_sha256
+from flowopd_eval.store import differences, provenance
+from training.config import Trained
+from training.data import Mixture, Prompts, task_prompts
+from training.policies import STUDENT, Policies
+from training.state import Checkpoints
+from training.watch import Alarms, Log, draw_strip, memory_gb
+
+# What may differ when a run is gone on with: it decides where things lie and what is shown, not the weights.
+FREE = {
+    "out",
+    "steps",
+    "log_every",
+    "strip_every",
+    "strip_prompts",
+    "save_minutes",
+    "keep",
+    "trackers",
+    "cache",
+    "patience",
+}
+SCHEMA = 1
+T = TypeVar("T")
+
+
+class Means:
+    """Means over whatever was added by name, on one process and over all of them."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, *values: Tensor | float) -> None:
+        """Add numbers; NaN are left out of the mean. Nothing waits for the device here."""
+        self._values.setdefault(name, []).extend(torch.as_tensor(value).detach() for value in values)
+
+    def reduce(self) -> dict[str, float]:
+        """Means over all processes, by name."""
+        local = {}
+        for name, values in self._values.items():
+            known = [number for value in values if not math.isnan(number := float(value))]
+            local[name] = (math.fsum(known), len(known))
+        parts = gather_object([local])
+        names = sorted({name for part in parts for name in part})
+        sums = {name: [part[name] for part in parts if name in part] for name in names}
+        return {
+            name: math.fsum(s for s, _ in found) / total if (total := sum(n for _, n in found)) else math.nan
+            for name, found in sums.items()
+        }
+
+
+class Parallel:
+    """One process's part of a batch, and how gradients become the whole batch's."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.model: torch.nn.Module | None = None
+        self._local = 1
+
+    def part(self, samples: Sequence[T]) -> Sequence[T]:
+        """This process's samples: the processes cut a batch into equal, contiguous parts."""
+        size = len(samples) // self.accelerator.num_processes
+        rank = self.accelerator.process_index
+        return samples[rank * size : (rank + 1) * size]
+
+    def micro_batches(self, samples: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bool]]:
+        """This process's samples of a batch, ``size`` at a time, and whether it is the last time."""
+        mine = self.part(samples)
+        self._local = len(mine)
+        for start in range(0, len(mine), size):
+            yield mine[start : start + size], start + size >= len(mine)
+
+    def sync(self, now: bool) -> AbstractContextManager:
+        """Context of a forward and its backward: gradients are averaged over processes only where ``now``."""
+        return nullcontext() if now or self.model is None else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, samples: int | None = None) -> None:
+        """Backward of a sum over samples, as its share of the mean over ``samples`` (default: this process's batch)."""
+        self.accelerator.backward(loss / (samples or self._local))
+
+
+class Stage(Protocol):
+    """What the loop needs of a stage."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """What decides the weights beyond recipe, base, experts and prompts. Plain JSON."""
+
+    def updates(self, step: int) -> Iterator[Means]:
+        """Accumulate the gradients of one optimiser update and yield its means, for each update of ``step``."""
+
+
+MakeStage = Callable[[Any, Policies, Mixture, Parallel], Stage]
+
+
+def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) -> Path:
+    """Train a student by ``config``; goes on from the last checkpoint in ``out``. Returns the adapter's folder.
+
+    Raises:
+        RequestError: a checkpoint of another recipe, other teachers or other prompts lies there, or, with ``resume``,
+            none; batches that the processes cannot share.
+        WorkError: an alarm went off, or the run was stopped; what was finished is on the disk.
+    """
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=out, kwargs_handlers=[ddp])
+    check_processes(config, accelerator.num_processes)
+    policies = Policies(config, accelerator.device)
+    prompts = {task.name: task_prompts(task) for task in config.tasks}
+    mixture = Mixture(
+        config.tasks, {n: p.training for n, p in prompts.items()}, config.batch_size, config.group, config.seed
+    )
+    parallel = Parallel(accelerator)
+    stage = make(config, policies, mixture, parallel)
+    identity = _identity(config, policies, prompts, stage)
+
+    parameters = [p for p in policies.bank.parameters() if p.requires_grad]
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
+    scheduler = get_constant_schedule_with_warmup(optimizer, o.warmup_steps)
+    ema = EMAModel(parameters, decay=o.ema)
+    checkpoints = Checkpoints(out / "checkpoints", config.keep)
+    state = checkpoints.latest()
+    if state is None and resume:
+        raise RequestError(f"--resume: {out} holds no checkpoint to go on from.")
+    first = 0
+    if state is not None:
+        _check_identity(state["identity"], identity, out)
+        policies.bank.load_state_dict(state["bank"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        ema.load_state_dict(state["ema"])
+        torch.set_rng_state(state["rng"])
+        first = state["step"]
+    shown = _shown(config, prompts)
+    policies.prepare_text([s.prompt.prompt for n in range(first, config.steps) for s in mixture.samples(n)] + shown)
+    policies.model = parallel.model = accelerator.prepare_model(policies.bank)
+
+    def save(step: int) -> None:
+        if accelerator.is_main_process:
+            bank = {n: p.detach() for n, p in policies.bank.named_parameters() if p.requires_grad}
+            kept = {"schema": SCHEMA, "step": step, "identity": identity, "bank": bank, "rng": torch.get_rng_state()}
+            parts = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema}
+            checkpoints.save(step, kept | {name: part.state_dict() for name, part in parts.items()})
+            write_adapter(averaged(policies, ema, parameters), out / "adapter", base_model=config.base)
+
+    log = Log(out, accelerator, config, first)
+    alarms = Alarms(config.patience, out)
+    started = last_save = time.monotonic()
+    if accelerator.is_main_process:
+        (out / "recipe.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
+    with _signals() as stopped, log:
+        for step in range(first, config.steps):
+            began = time.monotonic()
+            shown_means: dict[str, float] = {}
+            for means in stage.updates(step):
+                norm = torch.nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
+                means.add("grad_norm", norm)
+                means.add("stopped", float(bool(stopped)))
+                shown_means |= means.reduce()
+                alarms.gradients(step, shown_means)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % o.ema_every == 0:
+                ema.step(parameters)
+            alarms.rewards(step, shown_means)
+            stop = bool(shown_means.pop("stopped", 0.0))
+            pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
+            log.step(step + 1, shown_means | pace | {"learning_rate": scheduler.get_last_lr()[0]})
+            done = step + 1 == config.steps
+            if config.strip_every and accelerator.is_main_process and ((step + 1) % config.strip_every == 0 or done):
+                strip, students = draw_strip(policies, shown, _routes(config, prompts, shown), config.seed)
+                strip.save(out / f"strip_{step + 1:06d}.png")
+                alarms.noise(step, students)
+            if done or stop or time.monotonic() - last_save > config.save_minutes * 60:
+                save(step + 1)
+                last_save = time.monotonic()
+            if stop and not done:
+                raise WorkError(f"Stopped at step {step + 1} of {config.steps}; the same command goes on from there.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        seconds = time.monotonic() - started
+        run = {"identity": identity, "steps": config.steps, "samples": config.steps * config.batch_size}
+        run |= {"seconds_of_this_process": round(seconds, 1), "first_step": first, **provenance()}
+        (out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    accelerator.end_training()
+    return out / "adapter"
+
+
+def averaged(policies: Policies, ema: EMAModel, parameters: Sequence[torch.nn.Parameter]) -> Adapter:
+    """The student with its averaged weights (the raw ones where the average has not begun)."""
+    if not ema.optimization_step:
+        return policies.bank.adapter(STUDENT)
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    adapter = policies.bank.adapter(STUDENT)
+    ema.restore(parameters)
+    return adapter
+
+
+def check_processes(config: Trained, processes: int) -> None:
+    """Raises a RequestError if the batch cannot be shared by that many processes."""
+    unit = config.micro_batch * processes
+    if config.batch_size % unit:
+        raise RequestError(
+            f"batch_size {config.batch_size} cannot be shared by {processes} processes in micro batches of "
+            f"{config.micro_batch}; make it a multiple of {unit}."
+        )
+
+
+def _identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
+    """Everything that decides the weights, as plain JSON."""
+    identity = {
+        "recipe": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE},
+        "base_sha256": policies.sha256,
+        "experts": {name: expert.sha256 for name, expert in policies.experts.items()},
+        "prompts": {name: prompts_sha256(p.training) for name, p in prompts.items()},
+        "stage": stage.identity(),
+    }
+    return json.loads(json.dumps(identity))
+
+
+def _check_identity(there: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    found = differences(there, now)
+    if found:
+        raise RequestError(
+            f"{out} holds a run of something else; it cannot be gone on with:\n  "
+            + "\n  ".join(found)
+            + "\nGive another `out`, or undo the change."
+        )
+
+
+def _shown(config: Trained, prompts: Mapping[str, Prompts]) -> list[str]:
+    """The prompts of the strips: of each task in turn, held-out ones where there are any."""
+    pools = [p.held_out or p.training for p in prompts.values()]
+    picked = [pool[n * len(pool) // config.strip_prompts] for n in range(config.strip_prompts) for pool in pools]
+    return list(dict.fromkeys(prompt.prompt for prompt in picked))[: config.strip_prompts]
+
+
+def _routes(config: Trained, prompts: Mapping[str, Prompts], shown: Sequence[str]) -> list[str | None]:
+    """Name of the teacher of each shown prompt."""
+    task_of = {
+        p.prompt: task for task in config.tasks for p in prompts[task.name].held_out or prompts[task.name].training
+    }
+    return [task_of[text].teacher for text in shown]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        print("Stopping after this step …", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""Rewards: the scorers of ``flowopd_eval``, or a user's own class, judging while the device works on."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from flowopd_eval.benches import OCR_SIDE, bench_by_key
+from flowopd_eval.errors import RequestError
+from flowopd_eval.records import Prompt, Scorer
+from training.config import Task
+from training.data import Sample
+
+
+def _partial_credit() -> Scorer:
+    from flowopd_eval.scorers.geneval import PartialCreditScorer
+    from flowopd_eval.tiny.detector import ShapesDetector
+
+    return PartialCreditScorer(ShapesDetector())
+
+
+def _ocr() -> Scorer:
+    from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
+
+    return OCRScorer(RapidOCREngine(OCR_SIDE))
+
+
+REWARDS: Mapping[str, Callable[[], Scorer]] = {
+    "partial_credit": _partial_credit,
+    "shapes_geneval": lambda: bench_by_key("shapes_geneval").scorer("official"),
+    "ocr": _ocr,
+}
+
+
+def load_reward(name: str) -> Scorer:
+    """The reward ``name``: one of :data:`REWARDS`, or ``my_reward.py:Smile``, a class in a file of the user's.
+
+    The class is made without arguments and is a :class:`flowopd_eval.records.Scorer`: ``score(images, prompts)``
+    returns a Score a picture, ``identity()`` what decides it. Its file is run: name only files of your own.
+
+    Raises:
+        RequestError: an unknown name, a missing file or class, or a class that is no scorer.
+    """
+    if name in REWARDS:
+        return REWARDS[name]()
+    file, separator, attribute = name.rpartition(":")
+    if not separator or not file.endswith(".py"):
+        raise RequestError(f"Unknown reward {name!r}; expected one of {', '.join(REWARDS)}, or FILE.py:Class.")
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise RequestError(f"Reward {name!r}: there is no file {file}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, attribute, None)
+    if made is None:
+        raise RequestError(f"Reward {name!r}: {file} has no class {attribute}.")
+    scorer = made()
+    for method in ("score", "identity"):
+        if not callable(getattr(scorer, method, None)):
+            raise RequestError(
+                f"Reward {name!r}: {attribute} has no method `{method}`; see flowopd_eval.records.Scorer."
+            )
+    return scorer
+
+
+class Rewards:
+    """The rewards of a recipe's tasks, judged in the background.
+
+    A judgement that fails is NaN: the sample takes no part in its group, and is counted.
+    """
+
+    def __init__(self, tasks: Sequence[Task], workers: int = 1) -> None:
+        names = dict.fromkeys(name for task in tasks for name in task.rewards)
+        self.scorers = {name: load_reward(name) for name in names}
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+
+    def identity(self) -> dict[str, Any]:
+        """Each reward's identity."""
+        return {name: dict(scorer.identity()) for name, scorer in self.scorers.items()}
+
+    def submit(self, pictures: Sequence[Image.Image], samples: Sequence[Sample]) -> Future[list[dict[str, float]]]:
+        """Start judging; the result has, for each picture, every reward of its task and their weighted ``total``."""
+        return self._pool.submit(self.judge, pictures, [s.prompt for s in samples], [s.task for s in samples])
+
+    def judge(
+        self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt], tasks: Sequence[Task]
+    ) -> list[dict[str, float]]:
+        """As :meth:`submit`, at once."""
+        found: list[dict[str, float]] = [{} for _ in pictures]
+        for name, scorer in self.scorers.items():
+            rows = [row for row, task in enumerate(tasks) if name in task.rewards]
+            if not rows:
+                continue
+            scores = scorer.score([pictures[row] for row in rows], [prompts[row] for row in rows])
+            for row, score in zip(rows, scores, strict=True):
+                found[row][name] = math.nan if score.value is None else float(score.value)
+        for values, task in zip(found, tasks, strict=True):
+            values["total"] = math.fsum(task.rewards[name] * value for name, value in values.items())
+        return found

@@ -1,0 +1,133 @@
+"""Trajectories: which sigmas, which transition, whose noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowopd_eval import flow
+from flowopd_eval.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a trajectory: ``sigmas`` (T + 1,) from 1 to 0, drawn by ``sampler`` with noise level ``a``."""
+
+    sigmas: Tensor
+    sampler: str
+    a: float
+
+    @classmethod
+    def of(cls, steps: int, shift: float, sampler: str, a: float, device: str | torch.device = "cpu") -> Schedule:
+        """The scheduler's sigmas for ``steps`` steps."""
+        return cls(flow.shifted_sigmas(steps, shift).to(device), sampler, a)
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return len(self.sigmas) - 1
+
+    def transition(self, i: int, x: Tensor, v: Tensor) -> flow.Transition:
+        """The Gaussian of step ``i`` from ``x`` (B, C, H, W) with guided velocity ``v``; ``std`` 0 for the ODE."""
+        sigma, following = self.sigmas[i], self.sigmas[i + 1]
+        if self.sampler == "sde":
+            return flow.sde_transition(x, v, sigma, following, self.a, self.sigmas[1])
+        if self.sampler == "cps":
+            return flow.cps_transition(x, v, sigma, following, self.a)
+        return flow.Transition(flow.ode_step(x, v, sigma, following), torch.zeros(1, 1, 1, 1, device=x.device))
+
+    @cached_property
+    def stochastic(self) -> list[bool]:
+        """Whether step i has a density: not on an ODE, nor on the last step of CPS."""
+        return [self.sampler != "ode" and (self.sampler == "sde" or i < self.steps - 1) for i in range(self.steps)]
+
+    def kl_weights(self, name: str) -> Tensor:
+        """Weight of ``|v_s - v_t|^2`` on each step, (T,).
+
+        ``transition``: the KL of the sampler's own transition; ``flow-opd-code`` and ``velocity`` as in
+        :func:`flowopd_eval.flow.kl_weight`; ``euler``: ``D^2 / 2``, the squared distance of two Euler steps, halved
+        (DiffusionOPD, arXiv 2605.15055). Steps on which the named weight is not defined have 0: they are not trained.
+
+        Raises:
+            RequestError: a weight that is defined on no step of this sampler.
+        """
+        sigma, following = self.sigmas[:-1], self.sigmas[1:]
+        if name == "euler":
+            return (sigma - following) ** 2 / 2
+        if name == "transition" and self.sampler == "cps":
+            weights = flow.cps_kl_weight(sigma, following, self.a)
+        else:
+            weights = flow.kl_weight(name, sigma, following, self.a, self.sigmas[1])
+        weights = torch.where(weights.isfinite(), weights, 0.0)
+        if not weights.any():
+            raise RequestError(f"The weight {name!r} is defined on no step of the sampler {self.sampler!r}.")
+        return weights
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step ``i`` of a batch of trajectories: state, guided velocity, the Gaussian, and the state drawn from it."""
+
+    i: int
+    x: Tensor
+    velocity: Tensor
+    transition: flow.Transition
+    x_next: Tensor
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One source of noise a sample, on the CPU: a trajectory does not depend on what else is in the batch."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def noise_like(x: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise in the shape of ``x`` (B, C, H, W), row i from ``sources[i]``, on x's device in fp32."""
+    return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(x.device)
+
+
+def rollout(
+    schedule: Schedule,
+    velocity: Callable[[int, Tensor], Tensor],
+    x: Tensor,
+    sources: Sequence[torch.Generator],
+    noisy: Sequence[bool] | None = None,
+) -> Iterator[Step]:
+    """Draw a batch of trajectories from noise ``x`` (B, C, H, W), step by step.
+
+    Args:
+        schedule: sigmas and sampler.
+        velocity: ``velocity(i, x)``, the guided velocity (B, C, H, W) at step i; the trajectory goes on from its
+            values, gradients do not pass from step to step.
+        x: the starting noise.
+        sources: each sample's own noise.
+        noisy: whether step i is stochastic (default: where the schedule is); elsewhere the step is the ODE's. Flow-GRPO
+            calls a window of noisy steps "Fast".
+    """
+    noisy = schedule.stochastic if noisy is None else noisy
+    quiet = Schedule(schedule.sigmas, "ode", 0.0)
+    for i in range(schedule.steps):
+        v = velocity(i, x).detach()
+        transition = (schedule if noisy[i] else quiet).transition(i, x, v)
+        x_next = flow.sample(transition, noise_like(x, sources)) if noisy[i] else transition.mean
+        yield Step(i, x, v, transition, x_next)
+        x = x_next
+
+
+def windows(
+    seeds: Sequence[int], steps: int, window: int | None, window_range: tuple[int, int] | None
+) -> list[list[int]]:
+    """The steps each sample is trained on, a run of ``window`` steps within ``window_range`` drawn from its seed."""
+    if window is None:
+        return [list(range(steps)) for _ in seeds]
+    low, high = window_range or (0, steps)
+    chosen = []
+    for seed in seeds:
+        # Another stream than the sample's noise, which starts from the seed itself.
+        source = torch.Generator().manual_seed((seed + 0x9E3779B9) % 2**63)
+        first = low + int(torch.randint(high - low - window + 1, (1,), generator=source))
+        chosen.append(list(range(first, first + window)))
+    return chosen
