@@ -46,8 +46,8 @@ def group_advantage(rewards: Tensor, group: int, std: str) -> Tensor:
     """``(r - mean of the group) / std``, (..., B), groups side by side (Flow-GRPO, eq. for the advantage).
 
     ``std`` is ``batch`` (over all rewards of the last axis: Flow-GRPO's ``global_std``), ``group``, or ``none``.
-    Rewards that are NaN (a failed judgement) take no part and have advantage 0. With this mean, which includes the sample
-    itself, and with a std the estimator is biased; it is what GRPO is.
+    Rewards that are NaN (a failed judgement) take no part and have advantage 0. With this mean, which includes the
+    sample itself, and with a std the estimator is biased; it is what GRPO is.
     """
     grouped = rewards.unflatten(-1, (-1, group))
     centred = grouped - grouped.nanmean(-1, keepdim=True)
