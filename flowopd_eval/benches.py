@@ -66,6 +66,18 @@ def _sign_scorer(protocol: str) -> Scorer:
     return OCRScorer(RapidOCREngine(OCR_SIDE))
 
 
+def _quality_prompts() -> list[Prompt]:
+    from flowopd_eval.tiny.suite import quality_prompts
+
+    return quality_prompts()
+
+
+def _quality_scorer(protocol: str) -> Scorer:
+    from flowopd_eval.tiny.quality import QualityScorer
+
+    return QualityScorer()
+
+
 BENCHES: tuple[Bench, ...] = (
     Bench(
         "geneval",
@@ -98,6 +110,16 @@ BENCHES: tuple[Bench, ...] = (
         _sign_prompts,
         _sign_scorer,
         protocols=("flow-grpo",),
+    ),
+    Bench(
+        "quality",
+        "shapes",
+        "shapes_quality",
+        1,
+        "Picture quality (miniature)",
+        "how cleanly pictures of every kind are drawn, whatever they show",
+        _quality_prompts,
+        _quality_scorer,
     ),
 )
 

@@ -116,7 +116,9 @@ def check_teachers(config: Config) -> int:
 
 
 def _table(findings: Sequence[Finding]) -> Any:
-    table = Table("task", "teacher", "base", "teacher's", "difference [95 %]", "prompts", "unscored", "verdict")
+    table = Table("task", "teacher", "base", "its score")
+    for name in ("difference [95 %]", "n", "unscored", "verdict"):
+        table.add_column(name, no_wrap=True)
     for f in findings:
         d = f.difference
         numbers = [f"{f.base_score:.3f}", f"{f.teacher_score:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"]

@@ -165,6 +165,7 @@ class _Trained(_Stage):
     strip_prompts: int = Field(6, gt=0)
     save_minutes: float = Field(5.0, ge=0)
     keep: int = Field(2, gt=0, description="Checkpoints on the disk.")
+    snapshot_every: int = Field(0, ge=0, description="Steps between adapters that are kept, to score later; 0: none.")
     patience: int = Field(20, gt=0, description="Steps that zero gradients or rewards without variance may last.")
 
     @property

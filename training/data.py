@@ -19,12 +19,13 @@ from torch import Tensor
 from flowopd_eval.errors import RequestError
 from flowopd_eval.prompts import read_prompts
 from flowopd_eval.records import Prompt
-from flowopd_eval.tiny.suite import shapes_training_prompts, sign_training_prompts
+from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_prompts, sign_training_prompts
 from training.config import Task
 
 BUILTIN: Mapping[str, Callable[[], tuple[list[Prompt], list[Prompt]]]] = {
     "builtin:shapes": shapes_training_prompts,
     "builtin:signs": sign_training_prompts,
+    "builtin:all": quality_training_prompts,
 }
 
 

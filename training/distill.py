@@ -34,8 +34,8 @@ class Distillation:
         self.guidance = r.guidance or record.guidance
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
-        self.anchor = policies.experts.get(ANCHOR)
         self.anchor_weight = config.anchor.weight if config.anchor else 0.0
+        self.anchor = policies.experts[ANCHOR] if self.anchor_weight else None
 
     def identity(self) -> dict:
         """Nothing beyond the recipe."""

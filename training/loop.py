@@ -43,6 +43,7 @@ FREE = {
     "strip_prompts",
     "save_minutes",
     "keep",
+    "snapshot_every",
     "trackers",
     "cache",
     "patience",
@@ -198,6 +199,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
                 strip, students = draw_strip(policies, shown, _routes(config, prompts, shown), config.seed)
                 strip.save(out / f"strip_{step + 1:06d}.png")
                 alarms.noise(step, students)
+            if config.snapshot_every and accelerator.is_main_process and (step + 1) % config.snapshot_every == 0:
+                write_adapter(averaged(policies, ema, parameters), out / "snapshots" / f"step-{step + 1:06d}")
             if done or stop or time.monotonic() - last_save > config.save_minutes * 60:
                 save(step + 1)
                 last_save = time.monotonic()

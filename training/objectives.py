@@ -50,7 +50,11 @@ def group_advantage(rewards: Tensor, group: int, std: str) -> Tensor:
     sample itself, and with a std the estimator is biased; it is what GRPO is.
     """
     grouped = rewards.unflatten(-1, (-1, group))
-    centred = grouped - grouped.nanmean(-1, keepdim=True)
+    # Equal rewards differ from their mean by rounding; they are no signal.
+    varied = grouped.nan_to_num(-torch.inf).amax(-1, keepdim=True) > grouped.nan_to_num(torch.inf).amin(
+        -1, keepdim=True
+    )
+    centred = torch.where(varied, grouped - grouped.nanmean(-1, keepdim=True), 0.0)
     if std != "none":
         known = ~rewards.isnan()
         spread = _std(rewards, known, -1)[..., None] if std == "batch" else _std(grouped, ~grouped.isnan(), -1)

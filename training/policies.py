@@ -122,7 +122,7 @@ class Policies:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.eval()
         wanted: dict[str, Teacher] = dict(config.teachers)
-        if isinstance(config, DistillConfig) and config.anchor is not None:
+        if isinstance(config, DistillConfig) and config.anchor is not None and config.anchor.weight:
             wanted[ANCHOR] = config.anchor
         if STUDENT in wanted:
             raise RequestError(f"No teacher can be called {STUDENT!r}; that is the name of what is trained.")

@@ -35,6 +35,7 @@ REWARDS: Mapping[str, Callable[[], Scorer]] = {
     "partial_credit": _partial_credit,
     "shapes_geneval": lambda: bench_by_key("shapes_geneval").scorer("official"),
     "ocr": _ocr,
+    "quality": lambda: bench_by_key("shapes_quality").scorer("official"),
 }
 
 

@@ -61,7 +61,10 @@ class Schedule:
         if name == "transition" and self.sampler == "cps":
             weights = flow.cps_kl_weight(sigma, following, self.a)
         else:
-            weights = flow.kl_weight(name, sigma, following, self.a, self.sigmas[1])
+            a = (
+                self.a if self.sampler == "sde" else 0.0
+            )  # these are the SDE's weights; the ODE is the SDE without noise
+            weights = flow.kl_weight(name, sigma, following, a, self.sigmas[1])
         weights = torch.where(weights.isfinite(), weights, 0.0)
         if not weights.any():
             raise RequestError(f"The weight {name!r} is defined on no step of the sampler {self.sampler!r}.")

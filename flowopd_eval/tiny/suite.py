@@ -36,6 +36,12 @@ def sign_prompts() -> list[Prompt]:
     return _numbered([(SIGN_TASK, text, {}) for text in _balanced(_sign_texts(), SIGN_PROMPTS)], "signs")
 
 
+def quality_prompts() -> list[Prompt]:
+    """144 prompts, every sixth of the shapes and 48 signs out of the two suites."""
+    shapes, signs = shapes_geneval_prompts(), sign_prompts()
+    return [shapes[n * 6] for n in range(96)] + [signs[n * 5 // 2] for n in range(48)]
+
+
 def shapes_training_prompts() -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on (up to 320 a task), and 16 a task to choose settings by; none of them is the suite's.
 
@@ -61,6 +67,12 @@ def sign_training_prompts() -> tuple[list[Prompt], list[Prompt]]:
     words = {text: word for text, word in _sign_texts().items() if text not in taken}
     order: list[tuple[str, str, dict[str, Any]]] = [(SIGN_TASK, text, {}) for text in _balanced(words, len(words))]
     return _numbered(order[DEVELOPMENT_SIGNS:], "signs-train"), _numbered(order[:DEVELOPMENT_SIGNS], "signs-dev")
+
+
+def quality_training_prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """The shapes and the signs to train on, and those to choose settings by."""
+    shapes, signs = shapes_training_prompts(), sign_training_prompts()
+    return shapes[0] + signs[0], shapes[1] + signs[1]
 
 
 def _numbered(drawn: Iterable[tuple[str, str, dict[str, Any]]], name: str) -> list[Prompt]:

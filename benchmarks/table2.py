@@ -1,0 +1,229 @@
+"""The paper's Table 2 in miniature: ``python -m benchmarks.table2 [ARM…]``; without an arm: all of them, in order.
+
+Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
+``benchmarks/results/table2.json``, ``docs/table2.md``, ``docs/table2.png`` (score against student samples) and
+``docs/table2-pictures.png``. Stop it whenever you like: what is finished is kept, the arm at hand goes on from its
+checkpoint. The adapters lie under ``runs/table2/train/ARM/adapter``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+RUNS = Path("runs/table2")
+RESULTS = Path("benchmarks/results/table2.json")
+BENCHES = {"geneval": "shapes_geneval", "ocr": "sign_ocr", "quality": "shapes_quality"}
+TEACHERS = ("geneval", "ocr", "quality")
+SHOWN = 12  # prompts on the page of pictures
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: a recipe with changes. ``title`` is how the row reads."""
+
+    name: str
+    title: str
+    recipe: str
+    changes: tuple[str, ...] = ()
+
+    @property
+    def out(self) -> Path:
+        """Where the arm trains."""
+        return RUNS / "train" / self.name
+
+    @property
+    def command(self) -> list[str]:
+        """The command that trains it, or goes on with it."""
+        settings = (f"out={self.out}", *self.changes)
+        sets = [word for setting in settings for word in ("--set", setting)]
+        return [sys.executable, "-m", "training", f"training/recipes/{self.recipe}.toml", *sets]
+
+
+def _trained_teacher(name: str) -> Path:
+    return RUNS / "train" / f"grpo-{name}" / "adapter"
+
+
+_SOURCES = tuple(f"teachers.{name}.source={_trained_teacher(name)}" for name in TEACHERS)
+_MERGED = "{" + ", ".join(f'"{_trained_teacher(name)}" = {1 / len(TEACHERS)}' for name in TEACHERS) + "}"
+_ANCHOR = f"anchor.source={_trained_teacher('quality')}"
+
+
+def _grpo(recipe: str, name: str, title: str, *changes: str) -> Arm:
+    return Arm(name, title, recipe, ("snapshot_every=20", *changes))
+
+
+def _opd(name: str, title: str, start: str, *changes: str) -> Arm:
+    return Arm(
+        name, title, "tiny_opd", (*_SOURCES, _ANCHOR, f"start={start}", "steps=300", "snapshot_every=60", *changes)
+    )
+
+
+_SFT = str(RUNS / "train" / "sft" / "adapter")
+ARMS = (
+    _grpo("tiny_grpo_geneval", "grpo-geneval", "GRPO-GenEval (teacher)"),
+    _grpo("tiny_grpo_ocr", "grpo-ocr", "GRPO-OCR (teacher)"),
+    _grpo("tiny_grpo_quality", "grpo-quality", "GRPO-Quality (teacher, anchor)"),
+    _grpo("tiny_mix_two", "mix-two", "GRPO-Mix (GenEval + OCR)"),
+    _grpo("tiny_mix", "mix", "GRPO-Mix (all rewards)"),
+    Arm("merge", "Merge of the teachers", "tiny_merge", (f"teachers={_MERGED}",)),
+    Arm("sft", "SFT on the teachers' pictures", "tiny_sft", _SOURCES),
+    _opd("opd-none", "Flow-OPD (no cold start)", "none"),
+    _opd("opd-sft", "Flow-OPD (SFT)", _SFT),
+    _opd("opd-merge", "Flow-OPD (merge)", "merge"),
+    _opd("opd-none-no-mar", "Flow-OPD (no cold start), without MAR", "none", "anchor.weight=0"),
+    _opd("opd-sft-no-mar", "Flow-OPD (SFT), without MAR", _SFT, "anchor.weight=0"),
+    _opd("opd-merge-no-mar", "Flow-OPD (merge), without MAR", "merge", "anchor.weight=0"),
+    _opd("opd-merge-code", "Flow-OPD (merge), weight flow-opd-code", "merge", "kl_weight=flow-opd-code"),
+    _opd("opd-merge-velocity", "Flow-OPD (merge), weight velocity", "merge", "kl_weight=velocity"),
+    *(_grpo("tiny_mix", f"mix-seed{n}", f"GRPO-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
+    *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
+)
+
+
+def train(arm: Arm) -> None:
+    """Train an arm unless it is finished."""
+    if not (arm.out / "finished").is_file():
+        subprocess.run(arm.command, check=True)
+        (arm.out / "finished").touch()
+
+
+def evaluate(name: str, lora: Path | None, *more: str) -> dict[str, Any]:
+    """Both suites and the quality of a model; bench -> summary. Finished parts are not drawn again."""
+    out = RUNS / "evaluation" / name
+    adapter = ["--lora", str(lora)] if lora else []
+    benches = [word for flag in BENCHES for word in ("--bench", flag)]
+    command = [
+        sys.executable,
+        "-m",
+        "flowopd_eval",
+        "--model",
+        "tiny:base",
+        *adapter,
+        *benches,
+        "--out",
+        str(out),
+        *more,
+    ]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return next(iter(json.loads((out / "summary.json").read_text())["models"].values()))
+
+
+def curve(arm: Arm) -> list[dict[str, float]]:
+    """Score against student samples: the arm's snapshots on the first prompts of every task."""
+    points = []
+    batch = json.loads((arm.out / "recipe.json").read_text())["batch_size"]
+    for snapshot in sorted((arm.out / "snapshots").glob("step-*")):
+        step = int(snapshot.name.removeprefix("step-"))
+        found = evaluate(f"{arm.name}-{snapshot.name}", snapshot, "--limit", "16")
+        points.append({"samples": step * batch, **{flag: value(found[flag]) for flag in BENCHES}})
+    return points
+
+
+def value(summary: dict[str, Any]) -> float:
+    """A summary's overall score."""
+    return float(summary["metrics"]["overall"]["value"])
+
+
+def row(arm: Arm | None) -> dict[str, Any]:
+    """What the table says of an arm (None: the base)."""
+    name = arm.name if arm else "base"
+    found = evaluate(name, arm.out / "adapter" if arm else None)
+    scores = {flag: found[flag]["metrics"]["overall"] for flag in BENCHES}
+    kept = {
+        "title": arm.title if arm else "the base",
+        "scores": scores,
+        "average": sum(value(found[f]) for f in BENCHES) / 3,
+    }
+    if arm is None:
+        return kept | {"generator": found["geneval"]["generator"]}
+    run = arm.out / "run.json"
+    facts = json.loads(run.read_text()) if run.is_file() else {}
+    return kept | {
+        "command": " ".join(["python", *arm.command[1:]]),
+        "generator": found["geneval"]["generator"],
+        "samples": facts.get("samples", 0),
+        "identity": facts.get("identity"),
+        "curve": curve(arm),
+    }
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """The table with 95 % intervals."""
+    lines = [
+        "| | " + " | ".join(BENCHES.values()) + " | average | student samples |",
+        "|---" * (len(BENCHES) + 3) + "|",
+    ]
+    for found in results.values():
+        cells = [f"{s['value']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in found["scores"].values()]
+        lines.append(
+            f"| {found['title']} | {' | '.join(cells)} | {found['average']:.3f} | {found.get('samples', 0):,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Score against student samples, one panel a bench."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(BENCHES), figsize=(15, 4.5), sharex=True, layout="constrained")
+    for axis, (flag, key) in zip(axes, BENCHES.items(), strict=True):
+        for found in results.values():
+            points = found.get("curve") or []
+            axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
+        axis.axhline(results["base"]["scores"][flag]["value"], color="grey", linestyle=":", label="the base")
+        axis.set(title=key, xlabel="student samples", ylabel="score")
+    axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def page(results: dict[str, dict[str, Any]]) -> Image.Image:
+    """The same prompts and seeds, one row an arm."""
+    rows = []
+    for name in results:
+        files = []
+        for flag, count in (("geneval", SHOWN * 3 // 4), ("ocr", SHOWN // 4)):
+            everything = sorted((RUNS / "evaluation" / name).glob(f"*/{flag}/samples/*.png"))
+            files += [everything[n * len(everything) // count] for n in range(count)]
+        rows.append([Image.open(file) for file in files])
+    sheet = Image.new("RGB", (SHOWN * 68, len(rows) * 68), "white")
+    for y, pictures in enumerate(rows):
+        for x, picture in enumerate(pictures):
+            sheet.paste(picture, (x * 68, y * 68))
+    return sheet
+
+
+def main() -> int:
+    wanted = sys.argv[1:]
+    unknown = set(wanted) - {arm.name for arm in ARMS}
+    if unknown:
+        print(
+            f"No arm {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in ARMS)}.", file=sys.stderr
+        )
+        return 2
+    results: dict[str, dict[str, Any]] = {"base": row(None)}
+    for arm in ARMS:
+        if wanted and arm.name not in wanted and not (arm.out / "finished").is_file():
+            continue
+        train(arm)
+        results[arm.name] = row(arm)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        Path("docs/table2.md").write_text(markdown(results))
+    plot(results, Path("docs/table2.png"))
+    page(results).save("docs/table2-pictures.png", optimize=True)
+    print(markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
