@@ -41,6 +41,10 @@ class SFT:
         """Nothing beyond the recipe."""
         return {}
 
+    def needed(self, first: int) -> list[Sample]:
+        """All of the pictures' samples: their order is drawn anew for every pass."""
+        return self.samples
+
     def updates(self, step: int) -> Iterator[Means]:
         """Accumulate the gradients of one update and yield its means."""
         means = Means()
@@ -92,9 +96,11 @@ class SFT:
         """Latents of ``size`` pictures from the kept file, drawn where it is not there yet."""
         path = self.folder / f"{first:06d}.safetensors"
         samples = self.samples[first : first + size]
-        key = _digest(
-            "|".join(f"{s.prompt.prompt}{s.seed}{self.policies.experts[str(s.task.teacher)].sha256}" for s in samples)
-        )
+        how = [self.policies.sha256, self.config.picture_steps, self.policies.record, self.policies.dtype]
+        for s in samples:
+            e = self.policies.experts[str(s.task.teacher)]
+            how += [s.prompt.prompt, s.seed, e.sha256, e.guidance, e.text_length]
+        key = _digest("|".join(map(str, how)))
         if path.is_file() and (kept := load_file(path)).keys() == {key}:
             return kept[key]
         policies, record = self.policies, self.policies.record

@@ -327,9 +327,12 @@ def _override(values: dict[str, Any], item: str) -> None:
         value = text
     *tables, last = key.strip().split(".")
     table: Any = values
-    for name in tables:  # `tasks.0.share=2` reaches into a list
-        table = table[int(name)] if isinstance(table, list) else table.setdefault(name, {})
-    table[last] = value
+    try:
+        for name in tables:  # `tasks.0.share=2` reaches into a list
+            table = table[int(name)] if isinstance(table, list) else table.setdefault(name, {})
+        table[int(last) if isinstance(table, list) else last] = value
+    except (AttributeError, IndexError, TypeError, ValueError):
+        raise ValueError(f"--set {item}: the recipe has no place {key}; lists are counted from 0.") from None
 
 
 def _place(error: Any) -> str:

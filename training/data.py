@@ -7,7 +7,7 @@ goes on with the prompts it would have had, and two processes share the batch th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +101,10 @@ class Mixture:
                 for k in range(self.group)
             ]
         return chosen
+
+    def between(self, first: int, last: int) -> Iterator[Sample]:
+        """The samples of the steps from ``first`` up to but not with ``last``."""
+        return (sample for step in range(first, last) for sample in self.samples(step))
 
     def _place(self, position: int) -> tuple[int, int]:
         """Task at ``position`` of the endless sequence, and how often it came before.

@@ -41,6 +41,10 @@ class Distillation:
         """Nothing beyond the recipe."""
         return {}
 
+    def needed(self, first: int) -> Iterator[Sample]:
+        """The samples of all steps from ``first`` on."""
+        return self.mixture.between(first, self.config.steps)
+
     def updates(self, step: int) -> Iterator[Means]:
         """Accumulate the gradients of one update and yield its means."""
         means = Means()

@@ -50,11 +50,21 @@ class GRPO:
         """The rewards."""
         return self.rewards.identity()
 
+    def needed(self, first: int) -> Iterator[Sample]:
+        """The samples of all steps from ``first`` on."""
+        return self.mixture.between(first, self.config.steps)
+
     def updates(self, step: int) -> Iterator[Means]:
         """Draw and judge a batch, then accumulate the gradients of each of its updates and yield its means."""
         noisy = self._noisy_steps(step)
-        micros = self.parallel.micro_batches(self.mixture.samples(step), self.config.micro_batch)
-        drawn = [self._draw(samples, noisy) for samples, _ in micros]
+        samples = self.mixture.samples(step)
+        # Updates cut the batch before processes do: which samples make up an update does not depend on their number.
+        size = len(samples) // self.config.updates
+        drawn = [
+            self._draw(micro, noisy)
+            for start in range(0, len(samples), size)
+            for micro, _ in self.parallel.micro_batches(samples[start : start + size], self.config.micro_batch)
+        ]
         means = Means()
         advantages = self._advantages(drawn, means)
         size = len(drawn) // self.config.updates

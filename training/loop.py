@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,8 +28,8 @@ from flowopd_eval.adapters import Adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.prompts import prompts_sha256
 from flowopd_eval.store import differences, provenance
-from training.config import Trained
-from training.data import Mixture, Prompts, task_prompts
+from training.config import GRPOConfig, Trained
+from training.data import Mixture, Prompts, Sample, task_prompts
 from training.policies import STUDENT, Policies
 from training.state import Checkpoints
 from training.watch import Alarms, Log, draw_strip, memory_gb
@@ -113,6 +113,9 @@ class Stage(Protocol):
     def identity(self) -> Mapping[str, Any]:
         """What decides the weights beyond recipe, base, experts and prompts. Plain JSON."""
 
+    def needed(self, first: int) -> Iterable[Sample]:
+        """Every sample that the steps from ``first`` on will ask for: their prompts are encoded beforehand."""
+
     def updates(self, step: int) -> Iterator[Means]:
         """Accumulate the gradients of one optimiser update and yield its means, for each update of ``step``."""
 
@@ -156,10 +159,15 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         ema.load_state_dict(state["ema"])
+        ema.to(accelerator.device)  # the optimiser moves its own state, this one stays where it was read
         torch.set_rng_state(state["rng"])
         first = state["step"]
+        if first > config.steps:
+            raise RequestError(
+                f"{out} has done {first} steps, and steps = {config.steps}; give another `out`, or more."
+            )
     shown = _shown(config, prompts)
-    policies.prepare_text([s.prompt.prompt for n in range(first, config.steps) for s in mixture.samples(n)] + shown)
+    policies.prepare_text([sample.prompt.prompt for sample in stage.needed(first)] + shown)
     policies.model = parallel.model = accelerator.prepare_model(policies.bank)
 
     def save(step: int) -> None:
@@ -229,7 +237,7 @@ def averaged(policies: Policies, ema: EMAModel, parameters: Sequence[torch.nn.Pa
 
 def check_processes(config: Trained, processes: int) -> None:
     """Raises a RequestError if the batch cannot be shared by that many processes."""
-    unit = config.micro_batch * processes
+    unit = config.micro_batch * processes * (config.updates if isinstance(config, GRPOConfig) else 1)
     if config.batch_size % unit:
         raise RequestError(
             f"batch_size {config.batch_size} cannot be shared by {processes} processes in micro batches of "

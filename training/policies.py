@@ -155,13 +155,15 @@ class Policies:
         import hashlib
 
         parts = [f"{name} {folder_sha256(self.folder / name)}" for name in _ENCODERS if (self.folder / name).is_dir()]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join([*parts, str(self.dtype)]).encode()).hexdigest()
 
     def prepare_text(self, prompts: Sequence[str]) -> None:
         """Have the embeddings of ``prompts`` and of the negative prompt ready at every length an expert needs."""
         self._encoders: FlowOPDPipeline | None = None
         for length in {self.record.text_length, *(e.text_length for e in self.experts.values())}:
             self.embeddings.prepare([self.record.negative_prompt, *prompts], length)
+        if self._encoders is None:
+            return
         self._encoders = None
         gc.collect()
         if self.device.type == "cuda":

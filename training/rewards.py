@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -53,10 +54,11 @@ def load_reward(name: str) -> Scorer:
     file, separator, attribute = name.rpartition(":")
     if not separator or not file.endswith(".py"):
         raise RequestError(f"Unknown reward {name!r}; expected one of {', '.join(REWARDS)}, or FILE.py:Class.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
     if spec is None or spec.loader is None or not Path(file).is_file():
         raise RequestError(f"Reward {name!r}: there is no file {file}.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
     spec.loader.exec_module(module)
     made = getattr(module, attribute, None)
     if made is None:

@@ -1,0 +1,433 @@
+"""Training a tiny student: whose gradients, what moves and what must not, resuming, several processes, alarms."""
+
+import gc
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusion3Pipeline
+from diffusers.training_utils import EMAModel
+from PIL import Image
+
+from flowopd_eval.adapters import read_adapter, write_adapter
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.flow import guided_velocity, shifted_sigmas
+from flowopd_eval.pipeline import FlowOPDPipeline, draw_noise
+from training.__main__ import main
+from training.coldstart import SFT
+from training.data import Mixture, task_prompts
+from training.distill import Distillation, PolicyGradient
+from training.grpo import GRPO
+from training.loop import Parallel, averaged, check_processes, train
+from training.policies import STUDENT, Policies
+from training.state import Checkpoints
+from training.watch import Alarms
+
+pytest_plugins = ["tiny_training"]
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+STAGES = {
+    "direct": ("distill", Distillation, {}),
+    "policy_gradient": ("distill", PolicyGradient, {"objective": "policy_gradient", "group_size": 2}),
+    "grpo": ("grpo", GRPO, {}),
+    "sft": ("sft", SFT, {}),
+}
+forked = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_of_the_processor():
+    """Bit for bit is promised for one device, and this one is everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    gc.freeze()  # each run collects garbage, and would look for it among all of the libraries' objects
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    gc.unfreeze()
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(threads)
+
+
+def run(tiny, kind, out, *, make=None, **changes):
+    """Train by a recipe of ``kind``; returns the adapter's folder."""
+    stage, usual, settings = STAGES[kind]
+    return train(tiny.recipe(stage, out, **(settings | changes)), make or usual, out)
+
+
+def kept(out):
+    return Checkpoints(out / "checkpoints", 1).latest()
+
+
+def log(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("pictures_per_second", "memory_gb")} for line in lines]
+
+
+def leaves(value, path=""):
+    """Every tensor and plain value of a nested structure by its place."""
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {path: value}
+    return {place: leaf for key, item in value.items() for place, leaf in leaves(item, f"{path}.{key}").items()}
+
+
+def assert_same_bits(one, two):
+    """Two runs: checkpoints, adapters, and what was logged but for time and memory."""
+    a, b = (leaves({k: v for k, v in kept(out).items() if k != "rng"}) for out in (one, two))
+    assert a.keys() == b.keys()
+    assert not [k for k, v in a.items() if not (torch.equal(v, b[k]) if torch.is_tensor(v) else v == b[k])]
+    for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
+        assert (one / "adapter" / file).read_bytes() == (two / "adapter" / file).read_bytes()
+    assert log(one) == log(two)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+def first_update(config, make):
+    """Policies of a recipe whose student has the gradients of the first update, and that update's samples."""
+    policies = Policies(config, CPU)
+    prompts = {task.name: task_prompts(task).training for task in config.tasks}
+    mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
+    policies.prepare_text([p.prompt for found in prompts.values() for p in found])
+    next(make(config, policies, mixture, Parallel(Accelerator())).updates(0))
+    return policies, mixture.samples(0)
+
+
+def gradient(policies):
+    return torch.cat([p.grad.flatten() for p in policies.bank.parameters() if p.grad is not None])
+
+
+def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(tiny, tmp_path):
+    tasks = tiny.values("distill", tmp_path)["tasks"]
+    changes = {"tasks": [tasks[0] | {"share": 2.0}, tasks[1]], "anchor": {"source": "base", "weight": 0.5}}
+    changes |= {"start": tiny.teacher("anchor"), "batch_size": 6, "micro_batch": 6, "rollout": {"steps": 3}}
+    policies, samples = first_update(tiny.recipe("distill", tmp_path, **changes), Distillation)
+    found = gradient(policies)
+    assert [sample.task.name for sample in samples].count("shapes") == 4
+    policies.bank.zero_grad()
+    pipeline, sigmas = FlowOPDPipeline.from_pretrained(tiny.folder / "base"), shifted_sigmas(3, 3.0)
+
+    @cache
+    @torch.no_grad()
+    def encode(text):
+        states, _, pooled, _ = pipeline.encode_prompt(text, None, None, False, max_sequence_length=0)
+        return states, pooled
+
+    def velocity(name, x, sigma, text):
+        with policies.bank.use(name):
+            both = [policies.transformer(x, *encode(t), sigma[None] * 1000, return_dict=False)[0] for t in ("", text)]
+        return guided_velocity(*both, 3.0)
+
+    for sample in samples:  # the paper's SDE and weight, one sample at a time
+        source, text = torch.Generator().manual_seed(sample.seed), sample.prompt.prompt
+        x = torch.randn(4, 8, 8, generator=source)[None]
+        for sigma, after in pairwise(sigmas):
+            d, s = sigma - after, 0.7 * (sigma / (1 - torch.minimum(sigma, sigmas[1]))).sqrt()
+            v = velocity(STUDENT, x, sigma, text)
+            with torch.no_grad():
+                teacher, base = (velocity(name, x, sigma, text) for name in (sample.task.teacher, None))
+            weight = d / 2 * (1 / s + s * (1 - sigma) / (2 * sigma)) ** 2
+            loss = weight * ((v - teacher).square().mean() + 0.5 * (v - base).square().mean())
+            (loss / len(samples) / 3).backward()
+            mean = x * (1 - s**2 / (2 * sigma) * d) - v.detach() * (1 + s**2 * (1 - sigma) / (2 * sigma)) * d
+            x = mean + s * d.sqrt() * torch.randn(4, 8, 8, generator=source)[None]
+    assert (gradient(policies) - found).norm() <= 1e-5 * found.norm()
+
+
+@pytest.mark.parametrize("kind", STAGES)
+def test_the_size_of_a_micro_batch_does_not_change_the_gradient(kind, tiny, tmp_path):
+    stage, make, settings = STAGES[kind]
+    # From an adapter: of a fresh one, whose B is zero, half of the gradients are zero.
+    settings = settings | {"batch_size": 8, "start": tiny.teacher("anchor")}
+    settings |= {"rollout": {"steps": 2, "window": 1}} if kind == "direct" else {}
+    sizes = [tiny.recipe(stage, tmp_path / str(size), micro_batch=size, **settings) for size in (2, 8)]
+    small, large = (gradient(first_update(config, make)[0]) for config in sizes)
+    assert large.norm() > 1e-4
+    assert (small - large).norm() <= 1e-5 * large.norm()
+
+
+# --- what training does, and what it leaves alone --------------------------------------------------------------------
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_is_told_so(tiny, tmp_path):
+    tasks = [task | {"teacher": "one"} for task in tiny.values("distill", tmp_path)["tasks"]]
+    changes = {"tasks": tasks, "teachers": {"one": {"source": tiny.teacher("one")}}, "start": tiny.teacher("one")}
+    changes |= {"optimizer": {"learning_rate": 1e-4}, "steps": 9, "patience": 3}
+    with pytest.raises(WorkError, match=r"Stopped at step 3: all gradients have been zero for 3 updates; .*log\.jsonl"):
+        run(tiny, "direct", tmp_path, **changes)
+    assert len(log(tmp_path)) == 2
+    assert all(line["grad_norm"] == line["kl/shapes"] == line["kl/signs"] == 0 for line in log(tmp_path))
+
+
+def test_steps_toward_the_teachers_lower_the_kl_of_each_task(tiny, tmp_path):
+    optimizer = {"learning_rate": 2e-2, "ema": 0.0, "ema_every": 1}
+    adapter = run(tiny, "direct", tmp_path, steps=15, optimizer=optimizer, micro_batch=4)
+    prompts = [(task.teacher, task_prompts(task).training[:3]) for task in tiny.recipe("distill", tmp_path).tasks]
+    x, sigmas = draw_noise(range(3), (4, 8, 8)), shifted_sigmas(2, 3.0)[:2]
+
+    @torch.no_grad()
+    def distances(start):
+        policies, found = Policies(tiny.recipe("distill", tmp_path / "other", start=str(start)), CPU), []
+        for teacher, shown in prompts:
+            policies.prepare_text(texts := [prompt.prompt for prompt in shown])
+            conditions, experts = policies.conditions(texts), [policies.experts[teacher]] * 3
+            apart = [
+                policies.student(x, s, conditions, 3.0) - policies.frozen(experts, x, s, conditions) for s in sigmas
+            ]
+            found.append(float(torch.stack(apart).square().mean()))
+        return found
+
+    for before, after in zip(distances("none"), distances(adapter), strict=True):
+        assert after < 0.8 * before
+
+
+def test_training_moves_the_student_alone_and_its_average_is_what_is_exported(tiny, tmp_path):
+    def weights(policies):
+        return policies.transformer.state_dict() | {f"bank.{k}": v for k, v in policies.bank.state_dict().items()}
+
+    def make(config, policies, mixture, parallel):
+        seen.extend([policies, {k: v.clone() for k, v in weights(policies).items()}])
+        return Distillation(config, policies, mixture, parallel)
+
+    seen, anchor = [], {"source": tiny.teacher("anchor"), "weight": 0.1}
+    adapter = run(tiny, "direct", tmp_path, make=make, steps=3, anchor=anchor)
+    policies, before = seen
+    after, modules, state = weights(policies), policies.bank.modules_covered, kept(tmp_path)
+    trained = {f"bank.{name}" for name, p in policies.bank.named_parameters() if p.requires_grad}
+    idle = modules.index("transformer_blocks.1.attn.add_q_proj")  # the last block has no use for text queries
+    assert {k for k, v in before.items() if not torch.equal(v, after[k])} == trained - {
+        f"bank.slots.{idle}.trainable_B.0"
+    }
+    assert all(torch.equal(v, after[f"bank.{k}"]) for k, v in state["bank"].items())  # exporting put them back
+    average = dict(zip(state["bank"], state["ema"]["shadow_params"], strict=True))
+    exported = read_adapter(adapter).factors
+    for n, module in enumerate(modules):
+        assert torch.equal(exported[module].A, average[f"slots.{n}.trainable_A.0"])
+        assert torch.equal(exported[module].B, 2 * average[f"slots.{n}.trainable_B.0"])  # alpha / rank
+    assert not all(torch.equal(average[k], v) for k, v in state["bank"].items())
+
+
+def test_the_average_is_a_copy_and_asking_for_it_changes_nothing(tiny, tmp_path):
+    policies = Policies(tiny.recipe("distill", tmp_path, start=tiny.teacher("one")), CPU)
+    parameters = list(policies.bank.parameters())
+    ema = EMAModel(parameters, decay=0.9)
+    ema.step(parameters)
+    first = policies.bank.adapter(STUDENT).sha256
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(2)
+    raw = policies.bank.adapter(STUDENT).sha256
+    assert averaged(policies, ema, parameters).sha256 == first != raw
+    assert policies.bank.adapter(STUDENT).sha256 == raw
+
+
+def test_the_exported_adapter_is_the_same_student_in_stock_diffusers(tiny, tmp_path):
+    adapter = run(tiny, "direct", tmp_path)
+    stock = StableDiffusion3Pipeline.from_pretrained(tiny.folder / "base", text_encoder_3=None, tokenizer_3=None)
+    policies = Policies(tiny.recipe("distill", tmp_path / "other", start=str(adapter)), CPU)
+
+    @torch.no_grad()
+    def velocity(transformer):
+        states, _, pooled, _ = stock.encode_prompt("two stars", None, None, False, max_sequence_length=0)
+        return transformer(draw_noise([0], (4, 8, 8)), states, pooled, torch.tensor([600.0]), return_dict=False)[0]
+
+    base = velocity(stock.transformer.eval())
+    stock.load_lora_weights(adapter)
+    with policies.bank.use(STUDENT):
+        ours = velocity(policies.transformer)
+    torch.testing.assert_close(velocity(stock.transformer), ours, atol=1e-6, rtol=1e-5)
+    assert (ours - base).abs().max() > 1e-3
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("kind", "changes"), [("direct", {}), ("grpo", {"updates": 2}), ("sft", {})])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, changes, tiny, tmp_path):
+    changes = changes | {"optimizer": {"learning_rate": 1e-2, "ema_every": 1, "warmup_steps": 4}}
+    for folder, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
+        run(tiny, kind, tmp_path / folder, steps=steps, **changes)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_pictures_drawn_with_other_settings_are_not_trained_on(tiny, tmp_path):
+    run(tiny, "sft", tmp_path / "again", picture_steps=2)
+    shutil.rmtree(tmp_path / "again" / "checkpoints")
+    for folder in ("again", "fresh"):
+        run(tiny, "sft", tmp_path / folder, picture_steps=1)
+    assert log(tmp_path / "again")[-2:] == log(tmp_path / "fresh")
+
+
+def began(out):
+    """Whether a run has finished two steps."""
+    return (out / "log.jsonl").is_file() and (out / "log.jsonl").read_text().count("\n") > 1
+
+
+def test_a_run_that_is_asked_to_stop_says_so_and_goes_on_bit_for_bit(tiny, tmp_path, monkeypatch):
+    out, recipe = tmp_path / "parts", tmp_path / "recipe.toml"
+    tiny.write(recipe, "distill", out, steps=1000)
+    command = [sys.executable, "-m", "training", str(recipe)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while not began(out):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.terminate()
+        errors = process.communicate(timeout=60)[1]
+    step = kept(out)["step"]
+    assert process.returncode == 1
+    assert f"Stopped at step {step} of 1000; the same command goes on from there" in errors
+    monkeypatch.setattr(sys, "argv", ["training", str(recipe), "--resume", "--set", f"steps={step + 1}"])
+    assert main() == 0
+    run(tiny, "direct", tmp_path / "whole", steps=step + 1)
+    assert_same_bits(tmp_path / "whole", out)
+
+
+@forked
+def test_a_killed_run_goes_on_bit_for_bit(tiny, tmp_path):
+    changes = {"save_minutes": 0.0, "keep": 2}
+    arguments = {"target": run, "args": (tiny, "direct", tmp_path / "parts"), "kwargs": {"steps": 1000, **changes}}
+    process = multiprocessing.get_context("fork").Process(**arguments)
+    process.start()
+    while not began(tmp_path / "parts"):
+        assert process.is_alive()
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    step = kept(tmp_path / "parts")["step"] + 1
+    with (tmp_path / "parts" / "log.jsonl").open("a") as file:  # what it may have logged beyond its checkpoint
+        file.write(f'{{"step": {step}, "kl/shapes": 0}}\n{{"st')
+    run(tiny, "direct", tmp_path / "parts", steps=step, **changes)
+    run(tiny, "direct", tmp_path / "whole", steps=step)
+    assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+    saved = sorted(path.name for path in (tmp_path / "parts" / "checkpoints").glob("*.pt"))
+    assert saved == [f"step-{n:08d}.pt" for n in (step - 1, step)]
+
+
+def test_only_the_same_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
+    out, recipe, teacher = tmp_path / "out", tmp_path / "recipe.toml", tmp_path / "teacher"
+    one, two = (read_adapter(tiny.teacher(name)) for name in ("one", "two"))
+    teachers = {"one": {"source": str(teacher)}, "two": {"source": tiny.teacher("two")}}
+    write_adapter(one, teacher)
+    tiny.write(recipe, "distill", out, teachers=teachers, steps=1)
+
+    def said(*arguments):
+        monkeypatch.setattr(sys, "argv", ["training", str(recipe), *arguments])
+        return main(), capsys.readouterr().err
+
+    code, refusal = said("--resume")
+    assert code == 2
+    assert f"--resume: {out} holds no checkpoint to go on from" in refusal
+    assert said()[0] == 0
+    code, refusal = said("--set", "optimizer.learning_rate=0.02", "--set", "steps=2")
+    assert code == 2
+    assert "recipe.optimizer.learning_rate: 0.01 there, 0.02 asked for" in refusal
+    write_adapter(two, teacher)
+    code, refusal = said("--set", "steps=2")
+    assert code == 2
+    assert f'experts.one: "{one.sha256}" there, "{two.sha256}" asked for' in refusal
+    assert kept(out)["step"] == 1
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+def in_one_of_two(tiny, kind, out, changes):
+    AcceleratorState._reset_state(True)  # the parent's, which was alone
+    run(tiny, kind, out, **changes)
+
+
+def by_fork(tiny, kind, out, changes):
+    debug_launcher(in_one_of_two, (tiny, kind, out, changes), num_processes=2)
+
+
+def by_command(tiny, kind, out, changes):
+    recipe = tiny.write(out / "recipe.toml", STAGES[kind][0], out, **(STAGES[kind][2] | changes))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    subprocess.run([*launch, "-m", "training", str(recipe)], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("kind", "launch", "changes"),
+    [
+        pytest.param("direct", by_fork, {"rollout": {"steps": 2, "window": 1}}, marks=forked),
+        pytest.param("grpo", by_fork, {}, marks=forked),
+        pytest.param("grpo", by_fork, {"updates": 2}, marks=forked),
+        *(pytest.param(kind, by_command, {}, marks=pytest.mark.slow) for kind in STAGES),
+    ],
+)
+def test_two_processes_make_the_update_of_one(kind, launch, changes, tiny, tmp_path):
+    # eps: no division by rounding errors
+    changes = changes | {"batch_size": 8, "optimizer": {"learning_rate": 1e-2, "ema_every": 1, "eps": 1e-4}}
+    launch(tiny, kind, tmp_path / "two", changes)
+    run(tiny, kind, tmp_path / "one", **changes)
+    one, two = (read_adapter(tmp_path / n / "adapter").factors for n in ("one", "two"))
+    one, two = (torch.cat([(f[name].B @ f[name].A).flatten() for name in sorted(f)]) for f in (one, two))
+    assert one.norm() > 0.01
+    assert (one - two).norm() <= 1e-5 * one.norm()
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(tiny, tmp_path):
+    check_processes(tiny.recipe("distill", tmp_path), 2)
+    with pytest.raises(RequestError, match=r"batch_size 4 cannot be shared by 3 processes .*multiple of 6"):
+        check_processes(tiny.recipe("distill", tmp_path), 3)
+
+
+# --- watching --------------------------------------------------------------------------------------------------------
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny, tmp_path):
+    with pytest.raises(WorkError, match="Stopped at step 2: the gradient norm is nan; lower the learning rate"):
+        run(tiny, "direct", tmp_path, steps=5, optimizer={"learning_rate": 1e30})
+    assert kept(tmp_path) is None  # nothing broken is kept
+
+
+def test_rewards_that_never_differ_stop_the_run(tiny, tmp_path):
+    tasks = [task | {"rewards": {tiny.reward("Flat"): 1.0}} for task in tiny.values("grpo", tmp_path)["tasks"]]
+    # The pull to the base keeps gradients from being zero.
+    changes = {"tasks": tasks, "beta": 0.1, "start": tiny.teacher("one"), "patience": 2, "steps": 9}
+    with pytest.raises(WorkError, match=r"Stopped at step 2: in no group of 2 steps did the rewards differ; .*prompts"):
+        run(tiny, "grpo", tmp_path, **changes)
+
+
+def test_a_picture_without_a_judgement_is_counted_and_left_out(tiny, tmp_path):
+    (tmp_path / "x.txt").write_text("a red star\na green star\n")
+    task = {"name": "x", "prompts": str(tmp_path / "x.txt"), "held_out": 0, "rewards": {tiny.reward("Bright"): 1.0}}
+    run(tiny, "grpo", tmp_path, tasks=[task], steps=1, updates=1)
+    (line,) = log(tmp_path)
+    assert line["unscored"] == line["groups_without_variance"] == 0.5
+    assert 0 < line["reward/x"] < 1
+    assert line["grad_norm"] > 0
+
+
+def test_noise_stops_the_run_and_pictures_do_not(tmp_path):
+    random, alarms = np.random.default_rng(0), Alarms(3, tmp_path)
+    with pytest.raises(WorkError, match="Stopped at step 8: the student draws noise"):
+        alarms.noise(7, Image.fromarray(random.integers(0, 256, (32, 96, 3), np.uint8)))
+    slope = np.linspace(0, 200, 96)[None, :, None] + random.normal(0, 20, (32, 96, 3))
+    alarms.noise(7, Image.fromarray(slope.clip(0, 255).astype(np.uint8)))
+    alarms.noise(7, Image.new("RGB", (96, 32), "white"))
+
+
+def test_a_strip_shows_base_teacher_and_student(tiny, tmp_path):
+    changes = {"optimizer": {"learning_rate": 0.05, "ema": 0.0, "ema_every": 1}, "strip_every": 2, "strip_prompts": 2}
+    adapter = run(tiny, "direct", tmp_path, steps=2, **changes)
+    strip = np.asarray(Image.open(tmp_path / "strip_000002.png")).astype(int)
+    assert strip.shape == (3 * 16, 2 * 16, 3)
+    experts = {"one": tiny.teacher("one"), "two": tiny.teacher("two"), "student": adapter}
+    pipeline = FlowOPDPipeline.from_pretrained(tiny.folder / "base", experts=experts)
+    for column, task in enumerate(tiny.recipe("distill", tmp_path).tasks):
+        for row, expert in enumerate((None, task.teacher, "student")):
+            picture = pipeline(task_prompts(task).held_out[0].prompt, expert=expert, seed=column).images[0]
+            tile = strip[16 * row : 16 * (row + 1), 16 * column : 16 * (column + 1)]
+            assert abs(tile - np.asarray(picture)).max() <= 2
+    assert len({strip[16 * row : 16 * (row + 1)].tobytes() for row in range(3)}) == 3
