@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from random_adapters import TARGETS, random_adapter
+from safetensors.torch import load_file
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -26,29 +27,16 @@ from flowopd_eval.models import resolve
 from flowopd_eval.records import SD35_RECORD
 from flowopd_eval.tiny.vocabulary import TEXT_LENGTH
 from training.__main__ import main
+from training.architecture import SD35_MEDIUM, architecture, build, text_encoder
 from training.coldstart import SFT
 from training.config import ATTENTION, DistillConfig, Rollout, load_recipe
 from training.data import Mixture, task_prompts
 from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
 from training.loop import Parallel
+from training.meter import Meter, device_attention
 from training.policies import Policies
-from training.price import (
-    ENCODED_AT_ONCE,
-    SD35_MEDIUM,
-    Meter,
-    architecture,
-    build,
-    decoding,
-    device_attention,
-    duration,
-    encoding,
-    price,
-    print_price,
-    text_encoder,
-    trained_steps,
-    work,
-)
+from training.price import ENCODED_AT_ONCE, decoding, duration, encoding, price, print_price, trained_steps, work
 from training.rollout import windows
 
 pytest_plugins = ["tiny_training"]
@@ -211,12 +199,12 @@ def test_text_encoders_are_there_only_while_prompts_are_encoded(tiny, tmp_path):
     ids=["every prompt, some of them often", "one batch's", "the pictures'"],
 )
 def test_embeddings_take_what_they_take(tiny, tmp_path, stage, changes):
-    config = tiny.recipe(stage, tmp_path, **changes)
+    config = tiny.recipe(stage, tmp_path, cache=str(tmp_path / "cache"), **changes)
     found = price(config)
-    _, policies = stage_of(config)
-    kept = policies.embeddings._texts.values()
+    stage_of(config)
+    kept = [load_file(path) for path in (tmp_path / "cache").rglob("*.safetensors")]
     assert found.prompts + 1 == len(kept)  # and the negative one
-    assert found.embeddings == sum(size([text.states, text.pooled]) for text in kept)
+    assert found.embeddings == sum(size([text["states"], text["pooled"]]) for text in kept)
 
 
 def test_a_whole_model_among_the_teachers_costs_a_backbone(tiny, tmp_path):

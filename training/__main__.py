@@ -31,13 +31,17 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting")
     parser.add_argument("--resume", action="store_true", help="refuse to begin where there is nothing to go on from")
     parser.add_argument("--dry-run", action="store_true", help="say what the recipe would cost, without weights")
+    parser.add_argument(
+        "--speed", type=float, metavar="TFLOPS", help="effective speed, for the device time of --dry-run"
+    )
     arguments = parser.parse_args()
     try:
         config = load_recipe(arguments.recipe, arguments.set)
         if arguments.dry_run:
-            from training.price import print_price
+            with quiet_libraries():
+                from training.price import print_price
 
-            print_price(config)
+            print_price(config, arguments.speed)
         elif arguments.action == "check":
             with quiet_libraries():
                 from training.check import check_teachers

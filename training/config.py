@@ -215,6 +215,11 @@ class DistillConfig(_Trained):
     anchor: Anchor | None = None
 
     @property
+    def pull(self) -> Anchor | None:
+        """The anchor if it has a weight."""
+        return self.anchor if self.anchor is not None and self.anchor.weight else None
+
+    @property
     def group(self) -> int:
         """Samples a prompt."""
         return self.group_size

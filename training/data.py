@@ -7,8 +7,10 @@ goes on with the prompts it would have had, and two processes share the batch th
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +29,9 @@ BUILTIN: Mapping[str, Callable[[], tuple[list[Prompt], list[Prompt]]]] = {
     "builtin:signs": sign_training_prompts,
     "builtin:all": quality_training_prompts,
 }
+
+
+KEPT = 512  # texts whose embeddings stay in memory
 
 
 @dataclass(frozen=True)
@@ -170,38 +175,31 @@ class Embeddings:
 
     def __init__(self, folder: Path, encoders: str, encode: Callable[[list[str], int], tuple[Tensor, Tensor]]) -> None:
         self.folder, self.encode = folder / encoders[:16], encode
-        self._texts: dict[tuple[str, int], Text] = {}
+        # T5's states of one prompt are 1.7 MB in bf16: the disk holds them all, memory those of the last batches.
+        self._read = lru_cache(maxsize=KEPT)(self._load)
 
     def prepare(self, texts: Sequence[str], length: int, batch: int = 32) -> int:
         """Make sure that ``texts`` are there; returns how many had to be encoded."""
-        wanted = [text for text in dict.fromkeys(texts) if (text, length) not in self._texts]
-        missing = [text for text in wanted if not self._load(text, length)]
+        missing = [text for text in dict.fromkeys(texts) if not self._path(text, length).is_file()]
         for start in range(0, len(missing), batch):
             chunk = missing[start : start + batch]
-            states, pooled = self.encode(chunk, length)
-            for text, row_states, row_pooled in zip(chunk, states.cpu(), pooled.cpu(), strict=True):
-                self._keep(text, length, Text(row_states.contiguous(), row_pooled.contiguous()))
+            for text, states, pooled in zip(chunk, *(part.cpu() for part in self.encode(chunk, length)), strict=True):
+                self._write(self._path(text, length), {"states": states.contiguous(), "pooled": pooled.contiguous()})
         return len(missing)
 
     def __call__(self, texts: Sequence[str], length: int, device: torch.device | str, dtype: torch.dtype) -> Text:
         """The batch of ``texts`` at T5 length ``length``; they must have been prepared."""
-        return Text.stack([self._texts[text, length] for text in texts], device, dtype)
+        return Text.stack([self._read(text, length) for text in texts], device, dtype)
 
     def _path(self, text: str, length: int) -> Path:
         return self.folder / f"{hashlib.sha256(f'{length}|{text}'.encode()).hexdigest()[:32]}.safetensors"
 
-    def _load(self, text: str, length: int) -> bool:
-        path = self._path(text, length)
-        if not path.is_file():
-            return False
-        tensors = load_file(path)
-        self._texts[text, length] = Text(tensors["states"], tensors["pooled"])
-        return True
+    def _load(self, text: str, length: int) -> Text:
+        return Text(**load_file(self._path(text, length)))
 
-    def _keep(self, text: str, length: int, value: Text) -> None:
-        path = self._path(text, length)
+    @staticmethod
+    def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{torch.utils.data.get_worker_info() or ''}{id(self)}.part")
-        save_file({"states": value.states, "pooled": value.pooled}, part)
+        part = path.with_suffix(f".{os.getpid()}.part")  # two processes may encode the same prompt
+        save_file(tensors, part)
         part.replace(path)
-        self._texts[text, length] = value

@@ -34,8 +34,8 @@ class Distillation:
         self.guidance = r.guidance or record.guidance
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
-        self.anchor_weight = config.anchor.weight if config.anchor else 0.0
-        self.anchor = policies.experts[ANCHOR] if self.anchor_weight else None
+        self.anchor_weight = config.pull.weight if config.pull else 0.0
+        self.anchor = policies.experts[ANCHOR] if config.pull else None
 
     def identity(self) -> dict:
         """Nothing beyond the recipe."""

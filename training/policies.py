@@ -122,8 +122,8 @@ class Policies:
             self.transformer.enable_gradient_checkpointing()
         self.transformer.eval()
         wanted: dict[str, Teacher] = dict(config.teachers)
-        if isinstance(config, DistillConfig) and config.anchor is not None and config.anchor.weight:
-            wanted[ANCHOR] = config.anchor
+        if isinstance(config, DistillConfig) and config.pull is not None:
+            wanted[ANCHOR] = config.pull
         if STUDENT in wanted:
             raise RequestError(f"No teacher can be called {STUDENT!r}; that is the name of what is trained.")
         adapters = {name: adapter for name, t in wanted.items() if (adapter := adapter_of(t.source)) is not None}
@@ -143,7 +143,7 @@ class Policies:
             return Expert(name, name, None, guidance, length, adapter.sha256)
         if teacher.source == "base":
             return Expert(name, None, None, guidance, length, self.sha256)
-        folder = fetch_base(teacher.source)
+        folder = fetch_base(teacher.source if teacher.source.startswith("hub:") else resolve(teacher.source).base)
         whole = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=self.dtype)
         whole = whole.to(self.device).eval().requires_grad_(False)
         size = sum(p.numel() * p.element_size() for p in whole.parameters()) / 1e9

@@ -17,30 +17,27 @@ from __future__ import annotations
 import json
 import math
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from flowopd_eval.adapters import AdapterBank, fresh_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.models import FAMILIES, fetch_base, resolve
+from flowopd_eval.models import FAMILIES, resolve
 from flowopd_eval.quiet import quiet_libraries
-from flowopd_eval.records import SD35_RECORD, Prompt, SamplingRecord
+from flowopd_eval.records import Prompt, SamplingRecord
 from training import objectives
+from training.architecture import Architecture, architecture, build, text_encoder
 from training.config import Config, DistillConfig, GRPOConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
+from training.meter import Meter, device_attention
 from training.policies import ANCHOR, STUDENT, Expert, Policies
 from training.rollout import Schedule
 
@@ -52,110 +49,6 @@ SPEEDS: Mapping[str, Mapping[str, float]] = {
 ENCODED_AT_ONCE = 32  # the default of Embeddings.prepare
 
 
-# --- architectures ---------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Architecture:
-    """A base's configurations as in its folder: transformer, VAE, text encoders by subfolder; and its record."""
-
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    encoders: Mapping[str, Mapping[str, Any]]
-    record: SamplingRecord
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w)."""
-        factor = 2 ** (len(self.vae["block_out_channels"]) - 1)
-        return self.transformer["in_channels"], self.record.height // factor, self.record.width // factor
-
-    def tokens_of(self, encoder: str, text_length: int) -> int:
-        """Tokens of a prompt: as many as fit for CLIP, ``text_length`` for T5."""
-        return int(self.encoders[encoder].get("max_position_embeddings", text_length))
-
-    def tokens(self, text_length: int) -> int:
-        """Text tokens the transformer attends to: CLIP's, then ``text_length`` of T5's (zeros where there is no T5)."""
-        return self.tokens_of("text_encoder", text_length) + text_length
-
-
-_CLIP = {"architectures": ["CLIPTextModelWithProjection"], "vocab_size": 49408, "max_position_embeddings": 77}
-SD35_MEDIUM = Architecture(
-    transformer={
-        "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-        "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-    },
-    vae={
-        "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": [128, 256, 512, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "layers_per_block": 2, "use_quant_conv": False, "use_post_quant_conv": False,
-    },
-    encoders={
-        "text_encoder": _CLIP | {
-            "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768,
-            "num_hidden_layers": 12, "num_attention_heads": 12,
-        },
-        "text_encoder_2": _CLIP | {
-            "hidden_act": "gelu", "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280,
-            "num_hidden_layers": 32, "num_attention_heads": 20,
-        },
-        "text_encoder_3": {
-            "architectures": ["T5EncoderModel"], "vocab_size": 32128, "d_model": 4096, "d_ff": 10240, "d_kv": 64,
-            "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu", "is_encoder_decoder": False,
-        },
-    },
-    record=SD35_RECORD,
-)  # fmt: skip
-
-
-def architecture(base: str) -> Architecture:
-    """The architecture of a recipe's ``base``: SD3.5-Medium's is known here, a folder's is read. Nothing is downloaded.
-
-    Raises:
-        RequestError: a base with an adapter, an unknown name, a folder without configurations, or another repository.
-    """
-    known = FAMILIES["flow-opd"].base
-    if base.startswith("hub:"):
-        if base.partition("@")[0] != known:
-            raise RequestError(f"The shapes of {base} are not known before it is downloaded; give its folder on disk.")
-        return SD35_MEDIUM
-    spec = resolve(base)
-    if spec.adapter:
-        raise RequestError(f"base = {base!r} has an adapter; the backbone is {spec.name.split(':')[0]}:base.")
-    if spec.base == known:
-        return SD35_MEDIUM
-    folder = fetch_base(spec.base)
-    encoders = {name: folder / name for name in ("text_encoder", "text_encoder_2", "text_encoder_3")}
-    return Architecture(
-        _read_config(folder / "transformer"),
-        _read_config(folder / "vae"),
-        {name: _read_config(path) for name, path in encoders.items() if path.is_dir()},
-        spec.record,
-    )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise RequestError(f"{folder.parent} is no diffusers pipeline: {path} is missing.")
-    return {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("_")}
-
-
-def build(kind: Callable[..., nn.Module], config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A model without values, as it is once loaded in ``dtype``: parameters and buffers alike."""
-    with torch.device("meta"):
-        # Past diffusers' own `to`, which warns of modules that it would have kept in fp32; there are none.
-        return nn.Module.to(kind(config).eval().requires_grad_(False), dtype)
-
-
-def text_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """The text encoder of a configuration, by the class it names."""
-    import transformers
-
-    made = getattr(transformers, config["architectures"][0])
-    return made(made.config_class.from_dict(dict(config)))
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -165,62 +58,6 @@ def _tensors(*modules: nn.Module) -> list[Tensor]:
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
-class Meter(TorchDispatchMode):
-    """Bytes of the storages made within and still alive (``live``), the most there ever were (``peak``), and FLOPs.
-
-    Args:
-        resident: tensors that were there before; they, and views of them, are not counted.
-    """
-
-    def __init__(self, resident: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = self.peak = self.flops = 0
-        self._resident = [t.untyped_storage() for t in resident]
-        self._known: dict[int, Any] = {id(storage): storage for storage in self._resident}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(made, Tensor):
-                self._add(made.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        if (formula := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-
-        def freed(_: object) -> None:
-            del self._known[key]
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, freed)
-        self.live += size
-
-
-@contextmanager
-def device_attention() -> Iterator[None]:
-    """Within: attention as a CUDA device computes it, scores unstored; the meta device's own is two matrix products.
-
-    A function is replaced, because a mode (``TorchFunctionMode``) does not reach what a checkpoint computes again.
-    """
-
-    def attention(
-        query: Tensor, key: Tensor, value: Tensor, *args: Any, is_causal: bool = False, **kwargs: Any
-    ) -> Tensor:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
-
-    stock = F.scaled_dot_product_attention
-    F.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
-
-
 class _NoEmbeddings(Embeddings):
     """Embeddings of the right shape for any text."""
 
@@ -246,8 +83,8 @@ class Weightless(Policies):
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         wanted: dict[str, Teacher] = dict(config.teachers)
-        if isinstance(config, DistillConfig) and config.anchor is not None:
-            wanted[ANCHOR] = config.anchor
+        if isinstance(config, DistillConfig) and config.pull is not None:
+            wanted[ANCHOR] = config.pull
         ranks = {name: adapter_rank(t.source, config.lora.rank) for name, t in wanted.items()}
         own = None if config.start in ("none", "merge") else adapter_rank(config.start, config.lora.rank)
         ranks[STUDENT] = own or config.lora.rank
@@ -354,7 +191,7 @@ def _loss(
     experts: list[Expert] = []
     if isinstance(config, DistillConfig):
         experts = [policies.experts[str(sample.task.teacher)] for sample in samples]
-        experts += [policies.experts[ANCHOR]] * len(samples) if config.anchor else []
+        experts += [policies.experts[ANCHOR]] * len(samples) if config.pull else []
     elif isinstance(config, GRPOConfig) and config.beta:
         experts = [policies.base] * len(samples)
     if not experts:
@@ -447,8 +284,8 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
     rows = _rows(r.guidance or record.guidance)
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
-    if config.anchor:
-        parts.append(Work("anchor", trained * _rows(config.anchor.guidance or record.guidance)))
+    if config.pull:
+        parts.append(Work("anchor", trained * _rows(config.pull.guidance or record.guidance)))
     if config.objective == "policy_gradient":
         parts.append(Work("teachers, for the reward-to-go", r.steps * taught))
         parts.append(_with_backward("student, trained on its actions", sum(schedule.stochastic) * rows, config))
@@ -682,8 +519,7 @@ def _memory_words(found: Price) -> str:
         f"Peak: {_gb(found.peak.total)} GB ({found.peak.name}), {'with' if checkpointing else 'without'} gradient "
         f"checkpointing; --set gradient_checkpointing={str(not checkpointing).lower()} prices the other.\n"
         "Text encoders are loaded only where embeddings are missing, and freed before training.\n"
-        f"Embeddings of up to {found.prompts} prompts: {_gb(found.embeddings)} GB on the disk and in the host's "
-        "memory.\n"
+        f"Embeddings of up to {found.prompts} prompts: {_gb(found.embeddings)} GB on the disk.\n"
         "Assumed: one process, attention without stored scores, experts not on this machine like the student.\n"
         "Not counted: the device's context (about 0.5 GB on CUDA), workspaces, fragmentation.\n"
     )
