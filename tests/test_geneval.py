@@ -18,10 +18,12 @@ from flowopd_eval.scorers.geneval import (
     OFFICIAL,
     GenEvalProtocol,
     GenEvalScorer,
+    PartialCreditScorer,
     box_iou,
     check_record,
     colour_queries,
     keep,
+    partial_credit,
     relative_position,
     verdict,
     with_colours,
@@ -402,3 +404,61 @@ def test_ill_formed_records_are_refused(fields: dict[str, Any], message: str) ->
         check_record(prompt)
     with pytest.raises(RequestError, match="'p7'"):
         GenEvalScorer(ByWidth({8: []})).score([picture(8)], [prompt])
+
+
+# --- partial credit --------------------------------------------------------------------------------------------------
+def credit(include: list[dict], *detections: Detection, task: str = "two_object") -> float | None:
+    return partial_credit({"include": include}, keep(detections, task)).value
+
+
+def random_case(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
+    labels = rng.sample(CLASSES, 2)
+    include = [{"class": label, "count": rng.choice([1, 1, 2])} for label in labels]
+    for clause in include:
+        if rng.random() < 0.5:
+            clause["color"] = rng.choice(COLOURS)
+    if rng.random() < 0.5:
+        include[1]["position"] = [rng.choice(GENEVAL_RELATIONS), 0]
+    corners = [(rng.randrange(50), rng.randrange(50)) for _ in range(rng.randrange(7))]
+    detections = [found(rng.choice(CLASSES), (x, y, x + 9, y + 9), colour=rng.choice(COLOURS)) for x, y in corners]
+    return {"include": include}, detections
+
+
+def test_partial_credit_is_full_only_for_pictures_that_pass_and_lies_within_one() -> None:
+    rng = random.Random(3)
+    passed = 0
+    for _ in range(4000):
+        record, detections = random_case(rng)
+        value = partial_credit(record, keep(detections, "two_object")).value
+        assert value is not None
+        assert 0 <= value <= 1
+        if value == 1:
+            passed += 1
+            assert judge(record, detections).value == 1
+    assert passed > 20
+
+
+def test_partial_credit_grows_with_what_is_right() -> None:
+    two = [{"class": "circle", "count": 1, "color": "red"}, {"class": "star", "count": 1, "color": "blue"}]
+    red, blue = found("circle", colour="red"), found("star", (30, 0, 40, 10), colour="blue")
+    assert credit(two) == 0
+    assert credit(two, red) == 0.5
+    assert credit(two, red, found("star", colour="red")) == 0.75
+    assert credit(two, red, blue) == 1
+    three = [{"class": "circle", "count": 3}]
+    values = [credit(three, *[found("circle", (9 * n, 0, 9 * n + 8, 8)) for n in range(count)]) for count in range(8)]
+    assert values == pytest.approx(
+        [0, 1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0, 0]
+    )  # too many are as wrong as too few, no less
+
+
+def test_a_wrong_position_is_worth_nothing() -> None:
+    beside = [{"class": "circle", "count": 1}, {"class": "star", "count": 1, "position": ["left of", 0]}]
+    circle, star = found("circle", (30, 0, 40, 10)), found("star", (0, 0, 10, 10))
+    assert credit(beside, circle, star) == 1
+    assert credit(beside, circle, found("star", (60, 0, 70, 10))) == pytest.approx(2 / 3)
+    assert credit(beside, star) == pytest.approx(1 / 3)
+
+
+def test_partial_credit_has_a_name_of_its_own() -> None:
+    assert PartialCreditScorer(ByWidth({})).identity()["metric"] == "partial_credit"
