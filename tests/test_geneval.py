@@ -411,7 +411,7 @@ def credit(include: list[dict], *detections: Detection, task: str = "two_object"
     return partial_credit({"include": include}, keep(detections, task)).value
 
 
-def random_case(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
+def two_clauses(rng: random.Random) -> tuple[dict[str, Any], list[Detection]]:
     labels = rng.sample(CLASSES, 2)
     include = [{"class": label, "count": rng.choice([1, 1, 2])} for label in labels]
     for clause in include:
@@ -428,7 +428,7 @@ def test_partial_credit_is_full_only_for_pictures_that_pass_and_lies_within_one(
     rng = random.Random(3)
     passed = 0
     for _ in range(4000):
-        record, detections = random_case(rng)
+        record, detections = two_clauses(rng)
         value = partial_credit(record, keep(detections, "two_object")).value
         assert value is not None
         assert 0 <= value <= 1
