@@ -54,6 +54,9 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (
 ProtocolOption = Annotated[str | None, typer.Option(help="Scoring protocol (default: the bench's first).")]
 PromptsOption = Annotated[Path | None, typer.Option(help="Prompt file instead of the bench's own (JSON lines).")]
 ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
+AcrossOption = Annotated[
+    str | None, typer.Option(metavar="record", help="Let the sampling records differ: they are what is compared.")
+]
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,41 @@ def score(
 def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")]) -> None:
     """Merge a run's shards, sum it up, and write its report.html."""
     _conclude(folder)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="A B...", help="Runs (OUT, or OUT/MODEL); A is the baseline.")],
+    across: AcrossOption = None,
+    show: Annotated[int, typer.Option(min=0, help="Changed prompts to list in each direction.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+) -> None:
+    """Paired differences on the same prompts and seeds: `flowopd-eval compare A B`, or one run of several models."""
+    from rich.console import Console
+
+    from flowopd_eval import compare as comparing
+    from flowopd_eval import store
+
+    result = comparing.compare_runs(runs, across)
+    Console().print(comparing.terminal_report(result, show), crop=False)
+    if json_file:
+        store.write_json(json_file, result.to_json())
+        typer.echo(f"Written to {json_file}.")
+
+
+@app.command()
+def power(
+    runs: Annotated[list[Path], typer.Argument(metavar="A B", help="Two runs on the same prompts, or one of two.")],
+    delta: Annotated[float, typer.Option(help="Difference to find: points of 100, or the metric's own units.")],
+    power: Annotated[float, typer.Option(help="Probability of finding it.")] = 0.8,
+    across: AcrossOption = None,
+) -> None:
+    """How many prompts a difference needs, by the spread of two runs: `flowopd-eval power A B --delta 2`."""
+    from flowopd_eval import compare as comparing
+
+    for requirement in comparing.prompts_for(runs, delta, power, across):
+        for line in (*requirement.warnings, requirement.sentence):
+            typer.echo(line)
 
 
 @app.command()

@@ -37,6 +37,7 @@ from flowopd_eval.records import Prompt, Sample
 
 SCHEMA = 1
 _PACKAGES = ("flowopd-eval", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+_MOST_PICTURES = 10_000_000  # a run from elsewhere may ask for a plan that fills the memory
 _REQUEST: dict[str, type] = {
     "model": str,
     "bench": str,
@@ -286,6 +287,11 @@ class BenchFolder:
         for field, kind in _REQUEST.items():
             if not isinstance(request, dict) or not isinstance(request.get(field), kind):
                 raise RequestError(f"Expected {kind.__name__} as {field} of {self.entry} in {self.out / 'run.json'}.")
+        for field in ("partial", "correct_at"):
+            if field not in request:
+                raise RequestError(f"{self.entry} in {self.out / 'run.json'} lacks {field}.")
+        if not 0 < request["samples"] * request["prompts"] <= _MOST_PICTURES:
+            raise RequestError(f"{self.entry} in {self.out / 'run.json'} lists an impossible number of pictures.")
         return request
 
     @contextmanager
@@ -313,7 +319,7 @@ def _prompt(line: bytes, where: str) -> Prompt:
     try:
         value = json.loads(line)
         prompt = Prompt(value.pop("id"), value.pop("prompt"), value.pop("task"), value)
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise RequestError(f"{where} is not a prompt with id, prompt and task: {error}") from error
     if not all(isinstance(text, str) for text in (prompt.id, prompt.prompt, prompt.task)):
         raise RequestError(f"{where}: id, prompt and task must be texts.")
@@ -330,6 +336,8 @@ def read_run(out: Path) -> dict[str, Any]:
         run = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise RequestError(f"{out} holds no run: there is no {path}. Give the --out folder of a run.") from error
+    except OSError as error:
+        raise RequestError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise RequestError(f"{path} is not JSON: {error}. Restore it, or start again with another --out.") from error
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:

@@ -22,7 +22,7 @@ FLOORS = [
     ["benches"],
     ["store"],
     ["harness"],
-    ["rescore", "report"],
+    ["rescore", "report", "compare"],
     ["cli"],
     ["__main__"],
 ]

@@ -51,7 +51,7 @@ TEXTS = ["a photo of a red circle", 'a sign that says "CAT"', "two stars"]
         (
             "distill",
             "rollout.window=1 rollout.window_range=[1,3]",
-            r"rollout: window_range \(1, 3\) is not within the 2",
+            r"rollout: window_range \(1, 3\) is not within steps 0\.\.2",
         ),
         ("distill", "rollout.window_range=[0,2]", "rollout: .* give `window` too"),
         ("distill", "rollout.sampler=cps rollout.a=1.1", r"rollout: .*at most 1, but a is 1\.1"),

@@ -167,7 +167,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_and_is_told_so(tiny,
     tasks = [task | {"teacher": "one"} for task in tiny.values("distill", tmp_path)["tasks"]]
     changes = {"tasks": tasks, "teachers": {"one": {"source": tiny.teacher("one")}}, "start": tiny.teacher("one")}
     changes |= {"optimizer": {"learning_rate": 1e-4}, "steps": 9, "patience": 3}
-    with pytest.raises(WorkError, match=r"Stopped at step 3: all gradients have been zero for 3 updates; .*log\.jsonl"):
+    with pytest.raises(WorkError, match=r"Stopped at step 3: all gradients have been zero for 3 steps; .*log\.jsonl"):
         run(tiny, "direct", tmp_path, **changes)
     assert len(log(tmp_path)) == 2
     assert all(line["grad_norm"] == line["kl/shapes"] == line["kl/signs"] == 0 for line in log(tmp_path))

@@ -37,6 +37,9 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_recipe(arguments.recipe, arguments.set)
+    except (OSError, ValueError) as error:
+        return _fail(error, 2)
+    try:
         if arguments.dry_run:
             with quiet_libraries():
                 from training.price import print_price
@@ -49,13 +52,16 @@ def main() -> int:
             return check_teachers(config)
         else:
             run(config, arguments.resume)
-    except (OSError, ValueError, RequestError) as error:
-        print(f"training: {error}", file=sys.stderr)
-        return 2
-    except WorkError as error:
-        print(f"training: {error}", file=sys.stderr)
-        return 1
+    except RequestError as error:
+        return _fail(error, 2)
+    except (WorkError, OSError) as error:
+        return _fail(error, 1)
     return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"training: {error}", file=sys.stderr)
+    return code
 
 
 def run(config: Config, resume: bool) -> None:

@@ -96,19 +96,20 @@ def check_teachers(config: Config) -> int:
     """
     if not isinstance(config, DistillConfig | SFTConfig):
         raise RequestError(f"A recipe of stage {config.stage!r} has no teachers to check.")
-    for task in config.tasks:
-        if not task.rewards:
-            raise RequestError(
-                f"Task {task.name!r} has no rewards to judge its teacher by; add `rewards = {{…}}` to it."
-            )
+    judged = [task for task in config.tasks if task.rewards]
+    if not judged:
+        raise RequestError("No task has rewards to judge its teacher by; add `rewards = {…}` to the tasks.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policies, rewards = Policies(config, device), Rewards(config.tasks)
+    policies, rewards = Policies(config, device), Rewards(judged)
     console = Console(stderr=True)
     findings = []
-    for task in config.tasks:
+    for task in judged:
         with console.status(f"{task.teacher} on {task.name}"):
             findings.append(check_task(policies, task, rewards, config.seed, config.micro_batch))
     Console().print(_table(findings))
+    if len(judged) < len(config.tasks):
+        left = ", ".join(f"{task.teacher} on {task.name}" for task in config.tasks if not task.rewards)
+        print(f"Not checked, for want of `rewards`: {left}.")
     duds = [f"{f.teacher} on {f.task} ({f.verdict})" for f in findings if f.verdict != "better"]
     if duds:
         print(f"Not better than the base: {', '.join(duds)}. Look at file, rank and scale before you distil from them.")

@@ -115,7 +115,7 @@ class Optimizer(_Part):
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     ema: float = Field(0.9, ge=0, lt=1)
-    ema_every: int = Field(8, gt=0, description="Optimiser steps between two updates of the average.")
+    ema_every: int = Field(8, gt=0, description="Steps of the run between two updates of the average.")
 
 
 class Rollout(_Part):
@@ -128,15 +128,28 @@ class Rollout(_Part):
     window: int | None = Field(None, gt=0, description="Trained steps a sample, drawn per sample; None: all.")
     window_range: tuple[int, int] | None = Field(None, description="Steps from, and up to but not with, drawn from.")
 
+    @property
+    def trainable(self) -> int:
+        """Steps from the first that have a density or, on the ODE, a weight: all but the last of cps."""
+        return self.steps - 1 if self.sampler == "cps" else self.steps
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Where windows are drawn."""
+        return self.window_range or (0, self.trainable)
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.sampler == "cps" and self.a > 1:
             raise ValueError(f"cps takes a noise level of at most 1, but a is {self.a}.")
         if self.sampler != "ode" and self.a == 0:
             raise ValueError(f"{self.sampler} with a = 0 is deterministic; say sampler = 'ode'.")
-        low, high = self.window_range or (0, self.steps)
-        if not 0 <= low < high <= self.steps:
-            raise ValueError(f"window_range {self.window_range} is not within the {self.steps} steps 0..{self.steps}.")
+        low, high = self.bounds
+        if not 0 <= low < high <= self.trainable:
+            raise ValueError(
+                f"window_range {self.window_range} is not within steps 0..{self.trainable} (the last step of cps is "
+                "deterministic and cannot be trained)."
+            )
         if self.window_range and self.window is None:
             raise ValueError("window_range says where `window` is drawn; give `window` too.")
         if self.window and self.window > high - low:
@@ -182,6 +195,16 @@ class _Trained(_Stage):
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}.")
         if self.micro_batch % self.group:
             raise ValueError(f"micro_batch {self.micro_batch} is no multiple of group {self.group}.")
+        for name in ("student", "anchor"):
+            if name in self.teachers:
+                raise ValueError(f"No teacher can be called {name!r}: that name has a meaning of its own here.")
+        known = ", ".join(self.teachers) or "none"
+        for task in self.tasks:
+            if task.teacher is not None and task.teacher not in self.teachers:
+                raise ValueError(
+                    f"Task {task.name!r} names the teacher {task.teacher!r}; [teachers] has: {known}. "
+                    f"Add [teachers.{task.teacher}] or change the task."
+                )
         if self.start == "merge" and not self.teachers:
             raise ValueError("start = 'merge' merges the teachers, but there are no [teachers].")
         return self
@@ -191,11 +214,6 @@ class _Trained(_Stage):
         for task in self.tasks:
             if task.teacher is None:
                 raise ValueError(f"Task {task.name!r} has no teacher; give it `teacher = …`, one of: {known}.")
-            if task.teacher not in self.teachers:
-                raise ValueError(
-                    f"Task {task.name!r} names the teacher {task.teacher!r}; [teachers] has: {known}. "
-                    f"Add [teachers.{task.teacher}] or change the task."
-                )
         idle = set(self.teachers) - {task.teacher for task in self.tasks}
         if idle:
             raise ValueError(f"No task is routed to {', '.join(sorted(idle))}; remove it or give it a task.")

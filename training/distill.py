@@ -31,9 +31,10 @@ class Distillation:
     def __init__(self, config: DistillConfig, policies: Policies, mixture: Mixture, parallel: Parallel) -> None:
         self.config, self.policies, self.mixture, self.parallel = config, policies, mixture, parallel
         r, record = config.rollout, policies.record
-        self.guidance = r.guidance or record.guidance
+        self.guidance = policies.guidance
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
+        self.defined = (self.weights > 0).tolist()
         self.anchor_weight = config.pull.weight if config.pull else 0.0
         self.anchor = policies.experts[ANCHOR] if config.pull else None
 
@@ -67,6 +68,7 @@ class Distillation:
                     ours = self.policies.student(x[rows], self.schedule.sigmas[i], conditions[rows], self.guidance)
                     loss = self._loss(i, x[rows], ours, conditions[rows], [samples[row] for row in rows], means)
                     self.parallel.backward((loss * share).sum())
+                means.add("loss", *loss)
                 v[rows] = ours.detach()
             if others := [row for row in range(len(x)) if row not in rows]:
                 with torch.no_grad():
@@ -83,9 +85,8 @@ class Distillation:
 
     def _trained_steps(self, samples: Sequence[Sample]) -> list[list[int]]:
         r = self.config.rollout
-        drawn = windows([sample.seed for sample in samples], r.steps, r.window, r.window_range)
-        defined = self.weights.cpu() > 0
-        return [[i for i in steps if defined[i]] or steps[:1] for steps in drawn]
+        drawn = windows([sample.seed for sample in samples], r.trainable, r.window, r.bounds)
+        return [[i for i in steps if self.defined[i]] for steps in drawn]
 
     def _loss(
         self, i: int, x: Tensor, ours: Tensor, conditions: Conditions, samples: Sequence[Sample], means: Means
@@ -128,15 +129,8 @@ class PolicyGradient(Distillation):
     def _follow(
         self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step], last: bool, means: Means
     ) -> None:
-        teachers = [self.policies.experts[str(sample.task.teacher)] for sample in samples]
-        kl = [
-            objectives.distillation(
-                step.velocity,
-                self.policies.frozen(teachers, step.x, self.schedule.sigmas[step.i], conditions),
-                self.weights[step.i],
-            )
-            for step in steps
-        ]
+        # Kept in no graph: what an action is worth is a number.
+        kl = [self._loss(step.i, step.x, step.velocity, conditions, samples, Means()) for step in steps]
         self._steps, self._conditions, self._kl = steps, conditions, kl
 
     def _second_pass(self, samples: Sequence[Sample], last: bool) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate.utils import gather_object
@@ -42,7 +42,8 @@ class GRPO:
     def __init__(self, config: GRPOConfig, policies: Policies, mixture: Mixture, parallel: Parallel) -> None:
         self.config, self.policies, self.mixture, self.parallel = config, policies, mixture, parallel
         r, record = config.rollout, policies.record
-        self.guidance = r.guidance or record.guidance
+        self.guidance = policies.guidance
+        self.base = replace(policies.base, guidance=self.guidance)
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.rewards = Rewards(config.tasks)
 
@@ -81,7 +82,7 @@ class GRPO:
         """On which steps this batch has noise and is trained."""
         r = self.config.rollout
         seed = int(hashlib.sha256(f"window|{self.config.seed}|{step}".encode()).hexdigest()[:8], 16)
-        chosen = windows([seed], r.steps, r.window, r.window_range)[0]
+        chosen = windows([seed], r.trainable, r.window, r.bounds)[0]
         return [i in chosen and self.schedule.stochastic[i] for i in range(r.steps)]
 
     @torch.no_grad()
@@ -126,6 +127,7 @@ class GRPO:
                 loss = self._surrogate(step, transition, advantage, means)
                 if self.config.beta:
                     loss = loss + self.config.beta * self._kl_to_base(step, transition, batch.conditions, means)
+                means.add("loss", *loss)
                 self.parallel.backward(loss.sum() / len(batch.steps), samples)
 
     def _surrogate(self, step: Step, transition: flow.Transition, advantage: Tensor, means: Means) -> Tensor:
@@ -137,7 +139,7 @@ class GRPO:
         return objectives.trusted_surrogate(log_prob, old, advantage, moved, self.config.tau)
 
     def _kl_to_base(self, step: Step, transition: flow.Transition, conditions: Conditions, means: Means) -> Tensor:
-        base = [self.policies.base] * len(step.x)
+        base = [self.base] * len(step.x)
         theirs = self.policies.frozen(base, step.x, self.schedule.sigmas[step.i], conditions)
         kl = flow.transition_kl(transition.mean, self.schedule.transition(step.i, step.x, theirs).mean, transition.std)
         means.add("kl/base", *kl)

@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
@@ -77,12 +79,17 @@ class Means:
         }
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C in the middle of a step that has changed nothing yet."""
+
+
 class Parallel:
     """One process's part of a batch, and how gradients become the whole batch's."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.model: torch.nn.Module | None = None
+        self.stopped: Sequence[int] = []
         self._local = 1
 
     def part(self, samples: Sequence[T]) -> Sequence[T]:
@@ -96,6 +103,8 @@ class Parallel:
         mine = self.part(samples)
         self._local = len(mine)
         for start in range(0, len(mine), size):
+            if self.stopped and self.accelerator.num_processes == 1:
+                raise Stopped
             yield mine[start : start + size], start + size >= len(mine)
 
     def sync(self, now: bool) -> AbstractContextManager:
@@ -104,7 +113,7 @@ class Parallel:
 
     def backward(self, loss: Tensor, samples: int | None = None) -> None:
         """Backward of a sum over samples, as its share of the mean over ``samples`` (default: this process's batch)."""
-        self.accelerator.backward(loss / (samples or self._local))
+        (loss / (samples or self._local)).backward()
 
 
 class Stage(Protocol):
@@ -132,7 +141,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         WorkError: an alarm went off, or the run was stopped; what was finished is on the disk.
     """
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    accelerator = Accelerator(log_with=list(config.trackers) or None, project_dir=out, kwargs_handlers=[ddp])
+    # Precision is the recipe's: what `accelerate config` says of it would reach the student and not the teachers.
+    accelerator = Accelerator(mixed_precision="no", log_with=trackers(config), project_dir=out, kwargs_handlers=[ddp])
     check_processes(config, accelerator.num_processes)
     policies = Policies(config, accelerator.device)
     prompts = {task.name: task_prompts(task) for task in config.tasks}
@@ -147,7 +157,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     scheduler = get_constant_schedule_with_warmup(optimizer, o.warmup_steps)
-    ema = EMAModel(parameters, decay=o.ema)
+    ema = EMAModel(parameters, decay=o.ema, min_decay=o.ema)  # the decay from the second update on; the first copies
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
     if state is None and resume:
@@ -167,7 +177,10 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
                 f"{out} has done {first} steps, and steps = {config.steps}; give another `out`, or more."
             )
     shown = _shown(config, prompts)
-    policies.prepare_text([sample.prompt.prompt for sample in stage.needed(first)] + shown)
+    texts = list(dict.fromkeys([*(sample.prompt.prompt for sample in stage.needed(first)), *shown]))
+    policies.prepare_text(texts[accelerator.process_index :: accelerator.num_processes])
+    accelerator.wait_for_everyone()
+    policies.prepare_text(texts)
     policies.model = parallel.model = accelerator.prepare_model(policies.bank)
 
     def save(step: int) -> None:
@@ -187,18 +200,21 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         for step in range(first, config.steps):
             began = time.monotonic()
             shown_means: dict[str, float] = {}
-            for means in stage.updates(step):
+            parallel.stopped = stopped
+            for means in interruptible(stage.updates(step), partial(save, step), step, config.steps):
                 norm = torch.nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
                 means.add("grad_norm", norm)
                 means.add("stopped", float(bool(stopped)))
                 shown_means |= means.reduce()
-                alarms.gradients(step, shown_means)
+                alarms.finite(step, shown_means)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
+                parallel.stopped = []  # from here on, the step is finished first
             if (step + 1) % o.ema_every == 0:
                 ema.step(parameters)
             alarms.rewards(step, shown_means)
+            alarms.moving(step, shown_means)
             stop = bool(shown_means.pop("stopped", 0.0))
             pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
             log.step(step + 1, shown_means | pace | {"learning_rate": scheduler.get_last_lr()[0]})
@@ -222,6 +238,28 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         (out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     accelerator.end_training()
     return out / "adapter"
+
+
+def interruptible(updates: Iterator[Means], save: Callable[[], None], step: int, steps: int) -> Iterator[Means]:
+    """The updates of a step; one that is stopped before it has changed a weight is left out and will come again."""
+    try:
+        yield from updates
+    except Stopped:
+        save()
+        raise WorkError(f"Stopped at step {step} of {steps}; the same command goes on from there.") from None
+
+
+def trackers(config: Trained) -> list[str] | None:
+    """The recipe's trackers for accelerate, which leaves out without a word those whose package is missing.
+
+    Raises:
+        RequestError: a tracker that is not installed.
+    """
+    there = {str(getattr(name, "value", name)) for name in get_available_trackers()}
+    for name in config.trackers:
+        if name not in there:
+            raise RequestError(f"trackers: {name} is not installed; `pip install {name}`, or take it out.")
+    return list(config.trackers) or None
 
 
 def averaged(policies: Policies, ema: EMAModel, parameters: Sequence[torch.nn.Parameter]) -> Adapter:

@@ -27,7 +27,7 @@ from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, resolve
 from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import SamplingRecord
-from training.config import DistillConfig, Lora, Teacher, Trained
+from training.config import DistillConfig, Lora, SFTConfig, Teacher, Trained
 from training.data import Embeddings, Text
 
 STUDENT, ANCHOR = "student", "anchor"
@@ -83,7 +83,11 @@ class Conditions:
         return len(self.prompts)
 
     def __getitem__(self, rows: Sequence[int]) -> Conditions:
-        return Conditions(self.policies, [self.prompts[row] for row in rows])
+        if list(rows) == list(range(len(self))):
+            return self
+        chosen = Conditions(self.policies, [self.prompts[row] for row in rows])
+        chosen._pairs = {length: (text[rows], empty[rows]) for length, (text, empty) in self._pairs.items()}
+        return chosen
 
     def at(self, length: int) -> tuple[Text, Text]:
         """Embeddings of the prompts and, as many times, of the negative prompt, at T5 length ``length``."""
@@ -114,8 +118,12 @@ class Policies:
             )
         self.folder = fetch_base(spec.base)
         self.sha256 = folder_sha256(self.folder)
-        self.name, self.record = spec.name, spec.record
-        self.device, self.dtype = device, getattr(torch, config.dtype or spec.record.dtype)
+        self.name, self.record, self.base_source = spec.name, spec.record, spec.base
+        self.guidance = guidance_of(config, spec.record)
+        dtype = config.dtype or spec.record.dtype
+        if dtype == "float16":
+            raise RequestError(f"The record of {config.base} says float16, which nothing is trained in; set `dtype`.")
+        self.device, self.dtype = device, getattr(torch, dtype)
         self.pipeline = _load(self.folder, self.record, self.dtype, dict.fromkeys(_ENCODERS)).to(device)
         self.transformer: SD3Transformer2DModel = self.pipeline.transformer
         if config.gradient_checkpointing:
@@ -124,8 +132,6 @@ class Policies:
         wanted: dict[str, Teacher] = dict(config.teachers)
         if isinstance(config, DistillConfig) and config.pull is not None:
             wanted[ANCHOR] = config.pull
-        if STUDENT in wanted:
-            raise RequestError(f"No teacher can be called {STUDENT!r}; that is the name of what is trained.")
         adapters = {name: adapter for name, t in wanted.items() if (adapter := adapter_of(t.source)) is not None}
         student = start_adapter(config.start, self.transformer, config.lora, config.seed, adapters)
         self.bank = AdapterBank(
@@ -141,9 +147,10 @@ class Policies:
         length = self.record.text_length if teacher.text_length is None else teacher.text_length
         if adapter is not None:
             return Expert(name, name, None, guidance, length, adapter.sha256)
-        if teacher.source == "base":
+        source = "" if teacher.source == "base" else resolve(teacher.source).base
+        if source in ("", self.base_source):
             return Expert(name, None, None, guidance, length, self.sha256)
-        folder = fetch_base(teacher.source if teacher.source.startswith("hub:") else resolve(teacher.source).base)
+        folder = fetch_base(source)
         whole = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", torch_dtype=self.dtype)
         whole = whole.to(self.device).eval().requires_grad_(False)
         size = sum(p.numel() * p.element_size() for p in whole.parameters()) / 1e9
@@ -244,6 +251,11 @@ class Policies:
         return self.pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
 
 
+def guidance_of(config: Trained, record: SamplingRecord) -> float:
+    """The scale the student is drawn and trained with: the recipe's, else the record's."""
+    return record.guidance if isinstance(config, SFTConfig) else config.rollout.guidance or record.guidance
+
+
 def _load(folder: Path, record: SamplingRecord, dtype: torch.dtype, parts: Mapping[str, Any]) -> FlowOPDPipeline:
     with quiet_libraries():
         pipeline = FlowOPDPipeline.from_pretrained(folder, record=record, dtype=dtype, **parts)
@@ -277,6 +289,10 @@ def start_adapter(start: str, transformer: nn.Module, lora: Lora, seed: int, tea
         adapter = adapter_of(start)
         if adapter is None:
             raise RequestError(f"start = {start!r} is no adapter; use none, merge, or an adapter's folder.")
+        if adapter.rank != lora.rank:
+            raise RequestError(
+                f"start = {start!r} has rank {adapter.rank}; set lora.rank = {adapter.rank} (now {lora.rank})."
+            )
         return adapter
     experts = {name: adapter for name, adapter in teachers.items() if name != ANCHOR}
     if not experts:

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from training.architecture import Architecture, architecture, build, text_encode
 from training.config import Config, DistillConfig, GRPOConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
 from training.meter import Meter, device_attention
-from training.policies import ANCHOR, STUDENT, Expert, Policies
+from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of
 from training.rollout import Schedule
 
 # Effective TFLOP/s of a training step, by the recipe's precision. Assumed, not measured.
@@ -77,6 +77,7 @@ class Weightless(Policies):
 
     def __init__(self, config: Trained, base: Architecture) -> None:
         self.record, self.device = base.record, torch.device("meta")
+        self.guidance = guidance_of(config, base.record)
         self.dtype = getattr(torch, config.dtype or base.record.dtype)
         self.shape = base.latent_shape
         self.transformer = self._transformer(base)
@@ -85,7 +86,9 @@ class Weightless(Policies):
         wanted: dict[str, Teacher] = dict(config.teachers)
         if isinstance(config, DistillConfig) and config.pull is not None:
             wanted[ANCHOR] = config.pull
-        ranks = {name: adapter_rank(t.source, config.lora.rank) for name, t in wanted.items()}
+        ranks = {
+            name: adapter_rank(t.source, config.lora.rank, resolve(config.base).base) for name, t in wanted.items()
+        }
         own = None if config.start in ("none", "merge") else adapter_rank(config.start, config.lora.rank)
         ranks[STUDENT] = own or config.lora.rank
         with torch.device("meta"):
@@ -125,16 +128,20 @@ class Weightless(Policies):
         return {name: expert.transformer for name, expert in self.experts.items() if expert.transformer is not None}
 
 
-def adapter_rank(source: str, unknown: int) -> int | None:
-    """Rank of the adapter that ``source`` is, None for the base, 0 for a whole model; ``unknown`` for what is not here.
+def adapter_rank(source: str, unknown: int, base: str = "") -> int | None:
+    """Rank of the adapter that ``source`` is, 0 for a whole model, ``unknown`` for what is not here.
+
+    None stands for the backbone itself, whose own source is ``base``.
 
     As :func:`training.policies.adapter_of` decides, but from names and configurations alone.
     """
     if source == "base":
         return None
     if source.partition(":")[0] in FAMILIES:
-        named = resolve(source).adapter
-        return adapter_rank(named, unknown) if named else 0
+        spec = resolve(source)
+        if spec.adapter:
+            return adapter_rank(spec.adapter, unknown)
+        return None if spec.base == base else 0
     if (Path(source) / "transformer").is_dir():
         return 0
     described = Path(source) / "adapter_config.json"
@@ -179,7 +186,7 @@ def _trained_forward(config: Trained, policies: Policies, x: Tensor, conditions:
     if isinstance(config, SFTConfig):
         text, _ = conditions.at(policies.record.text_length)
         return policies.student_velocity(x, torch.empty(len(x), device=x.device), text), len(x)
-    guidance = config.rollout.guidance or policies.record.guidance
+    guidance = policies.guidance
     sigma = torch.empty((), device=x.device)
     return policies.student(x, sigma, conditions, guidance), len(x) * _rows(guidance)
 
@@ -193,7 +200,7 @@ def _loss(
         experts = [policies.experts[str(sample.task.teacher)] for sample in samples]
         experts += [policies.experts[ANCHOR]] * len(samples) if config.pull else []
     elif isinstance(config, GRPOConfig) and config.beta:
-        experts = [policies.base] * len(samples)
+        experts = [replace(policies.base, guidance=policies.guidance)] * len(samples)
     if not experts:
         return ours.float().square().mean()
     copies = len(experts) // len(x)
@@ -248,13 +255,13 @@ def _rows(guidance: float) -> int:
     return 1 if guidance == 1 else 2
 
 
-def trained_steps(rollout: Rollout, possible: Sequence[bool], at_least: int) -> float:
-    """Expected number of trained steps a sample: those of its window that are ``possible``, or ``at_least``."""
+def trained_steps(rollout: Rollout, possible: Sequence[bool]) -> float:
+    """Expected number of trained steps a sample: those of its window that are ``possible``."""
     if rollout.window is None:
-        return max(sum(possible), at_least)
-    low, high = rollout.window_range or (0, rollout.steps)
+        return sum(possible[: rollout.trainable])
+    low, high = rollout.bounds
     starts = range(low, high - rollout.window + 1)
-    return sum(max(sum(possible[first : first + rollout.window]), at_least) for first in starts) / len(starts)
+    return sum(sum(possible[first : first + rollout.window]) for first in starts) / len(starts)
 
 
 def work(config: Trained, record: SamplingRecord) -> tuple[Work, ...]:
@@ -280,8 +287,8 @@ def _with_backward(name: str, rows: float, config: Trained, drawn: float | None 
 def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: float) -> list[Work]:
     r = config.rollout
     schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a)
-    trained = trained_steps(r, (schedule.kl_weights(config.kl_weight) > 0).tolist(), 1)
-    rows = _rows(r.guidance or record.guidance)
+    trained = trained_steps(r, (schedule.kl_weights(config.kl_weight) > 0).tolist())
+    rows = _rows(guidance_of(config, record))
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
     if config.pull:
@@ -294,10 +301,10 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
 
 def _grpo_work(config: GRPOConfig, record: SamplingRecord) -> list[Work]:
     r = config.rollout
-    rows = _rows(r.guidance or record.guidance)
-    trained = trained_steps(r, Schedule.of(r.steps, record.shift, r.sampler, r.a).stochastic, 0)
+    rows = _rows(guidance_of(config, record))
+    trained = trained_steps(r, Schedule.of(r.steps, record.shift, r.sampler, r.a).stochastic)
     parts = [Work("student, drawing", r.steps * rows), _with_backward("student, trained", trained * rows, config)]
-    return [*parts, Work("base", trained * _rows(record.guidance))] if config.beta else parts
+    return [*parts, Work("base", trained * rows)] if config.beta else parts
 
 
 def _sft_pictures(config: SFTConfig, taught: float) -> Work:
@@ -311,7 +318,11 @@ def _strips(config: Trained, record: SamplingRecord, taught: float) -> list[Work
     if not config.strip_every:
         return []
     strips = math.ceil(config.steps / config.strip_every)
-    arms = 2 * _rows(record.guidance) + (taught if all(task.teacher for task in config.tasks) else 0)
+    arms = (
+        _rows(record.guidance)
+        + _rows(guidance_of(config, record))
+        + (taught if all(task.teacher for task in config.tasks) else 0)
+    )
     rows = strips * config.strip_prompts * record.steps * arms
     return [Work("strips of pictures", rows / (config.steps * config.batch_size))]
 

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flowopd_eval.benches import OCR_SIDE, bench_by_key
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.records import Prompt, Scorer
 from training.config import Task
 from training.data import Sample
@@ -100,7 +100,10 @@ class Rewards:
             rows = [row for row, task in enumerate(tasks) if name in task.rewards]
             if not rows:
                 continue
-            scores = scorer.score([pictures[row] for row in rows], [prompts[row] for row in rows])
+            try:
+                scores = scorer.score([pictures[row] for row in rows], [prompts[row] for row in rows])
+            except Exception as error:  # whatever a user's class raises
+                raise WorkError(f"Reward {name!r} failed: {type(error).__name__}: {error}") from error
             for row, score in zip(rows, scores, strict=True):
                 found[row][name] = math.nan if score.value is None else float(score.value)
         for values, task in zip(found, tasks, strict=True):

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flowopd_eval.errors import WorkError
 from flowopd_eval.flow import ode_step, shifted_sigmas
 from flowopd_eval.pipeline import draw_noise
+from flowopd_eval.store import flat
 from training.config import Trained
 from training.policies import STUDENT, Expert, Policies
 
@@ -47,7 +48,9 @@ class Log:
         )
         self._forget_after(first)
         if config.trackers:
-            accelerator.init_trackers(f"flow-opd-{config.stage}", config=config.model_dump(mode="json"))
+            accelerator.init_trackers(
+                f"flow-opd-{config.stage}", config={k: str(v) for k, v in flat(config.model_dump(mode="json"))}
+            )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self.progress = Progress(
             *columns, console=Console(stderr=True), disable=not (accelerator.is_main_process and sys.stderr.isatty())
@@ -93,29 +96,30 @@ class Alarms:
         self.patience, self.out = patience, out
         self._still, self._flat = 0, 0
 
-    def gradients(self, step: int, means: Mapping[str, float]) -> None:
-        """NaN in loss or gradients at once; gradients that are all zero after ``patience`` updates."""
+    def finite(self, step: int, means: Mapping[str, float]) -> None:
+        """Stop before an update whose gradients are not finite."""
         norm = means["grad_norm"]
         if not math.isfinite(norm):
             self._stop(step, f"the gradient norm is {norm}", "lower the learning rate, or train in float32")
-        self._still = self._still + 1 if norm == 0 else 0
+
+    def moving(self, step: int, means: Mapping[str, float]) -> None:
+        """Stop when all gradients have been zero for ``patience`` steps."""
+        self._still = self._still + 1 if means["grad_norm"] == 0 else 0
         if self._still >= self.patience:
             self._stop(
-                step,
-                f"all gradients have been zero for {self._still} updates",
-                "the student may equal its teachers, or no reward varies",
+                step, f"all gradients have been zero for {self._still} steps", "the student may equal its teachers"
             )
 
     def rewards(self, step: int, means: Mapping[str, float]) -> None:
-        """No group whose rewards vary, for ``patience`` steps."""
-        flat = means.get("groups_without_variance")
-        self._flat = self._flat + 1 if flat == 1.0 else 0
+        """Stop when in no group the rewards have differed for ``patience`` steps."""
+        self._flat = self._flat + 1 if means.get("groups_without_variance") == 1.0 else 0
         if self._flat >= self.patience:
-            self._stop(
-                step,
-                f"in no group of {self._flat} steps did the rewards differ",
-                "the task is too hard or too easy for this student; use other prompts or a finer reward",
+            remedy = (
+                "no picture could be judged; look at the reward's errors"
+                if means.get("unscored") == 1.0
+                else "the task is too hard or too easy for this student; use other prompts or a finer reward"
             )
+            self._stop(step, f"in no group of {self._flat} steps did the rewards differ", remedy)
 
     def noise(self, step: int, pictures: Image.Image) -> None:
         """The student draws noise: neighbouring pixels of its pictures have nothing to do with each other."""
@@ -145,7 +149,7 @@ def draw_ode(
     sigmas = shifted_sigmas(policies.record.steps, policies.record.shift).to(policies.device)
     x = draw_noise(seeds, policies.latent_shape).to(policies.device)
     record = policies.record
-    student = Expert(STUDENT, STUDENT, None, record.guidance, record.text_length, None)
+    student = Expert(STUDENT, STUDENT, None, policies.guidance, record.text_length, None)
     rows = [student if expert is None else expert for expert in experts]
     conditions = policies.conditions(prompts)
     for sigma, following in itertools.pairwise(sigmas):
