@@ -46,11 +46,15 @@ def _sign_prompts() -> list[Prompt]:
 
 
 def _coco_scorer(protocol: str) -> Scorer:
-    raise RequestError(
-        "GenEval's COCO detector (Mask2Former) and colour classifier are not part of this version yet. Draw the "
-        "pictures with `flowopd-eval generate --bench geneval --model NAME` and score them later with "
-        "`flowopd-eval score DIR`."
-    )
+    import torch
+
+    from flowopd_eval.scorers.clip_colours import ClipColours
+    from flowopd_eval.scorers.geneval import GenEvalScorer
+    from flowopd_eval.scorers.mask2former import Mask2FormerDetector, official_weights
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    detector = Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
+    return GenEvalScorer(detector, protocol=protocol)
 
 
 def _shapes_scorer(protocol: str) -> Scorer:

@@ -289,7 +289,7 @@ class BenchFolder:
                 raise RequestError(f"Expected {kind.__name__} as {field} of {self.entry} in {self.out / 'run.json'}.")
         for field in ("partial", "correct_at"):
             if field not in request:
-                raise RequestError(f"{self.entry} in {self.out / 'run.json'} lacks {field}.")
+                raise RequestError(f"{self.entry} in {self.out / 'run.json'} lacks a valid {field}.")
         if not 0 < request["samples"] * request["prompts"] <= _MOST_PICTURES:
             raise RequestError(f"{self.entry} in {self.out / 'run.json'} lists an impossible number of pictures.")
         return request
