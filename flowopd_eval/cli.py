@@ -238,7 +238,7 @@ def models() -> None:
         settings = f"{r.width}x{r.height}, {r.steps} steps, guidance {r.guidance:g}, shift {r.shift:g}, {r.dtype}"
         table = Table("model", "what it is", "adapter", title=f"{family.about}\n{settings}", title_justify="left")
         for name, member in family.members.items():
-            table.add_row(f"{family.name}:{name}", member.about, member.adapter or "-")
+            table.add_row(f"{family.name}:{name}", member.about, (member.adapter or "-").replace("+", "\n+ "))
         Console().print(table)
     typer.echo(REAL_MODEL_HELP)
 
@@ -294,7 +294,7 @@ def merge(
 
 
 def _weighted_source(text: str) -> tuple[str, float]:
-    from flowopd_eval.models import FAMILIES, resolve
+    from flowopd_eval.models import FAMILIES, MERGE, resolve
 
     source, _, number = text.rpartition("=")
     try:
@@ -303,8 +303,8 @@ def _weighted_source(text: str) -> tuple[str, float]:
         raise RequestError(f"Expected SOURCE=WEIGHT, such as expert/=0.5, but got {text!r}.") from None
     if source.partition(":")[0] in FAMILIES:
         adapter = resolve(source).adapter
-        if adapter is None:
-            raise RequestError(f"{source} has no adapter to merge.")
+        if adapter is None or adapter.startswith(MERGE):
+            raise RequestError(f"{source} has no adapter to merge of its own; name adapters.")
         return adapter, weight
     return source, weight
 

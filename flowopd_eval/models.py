@@ -16,6 +16,7 @@ from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRec
 if TYPE_CHECKING:
     from PIL import Image
 
+    from flowopd_eval.adapters import Adapter
     from flowopd_eval.pipeline import FlowOPDPipeline
 
 TINY_RECORD = SamplingRecord(steps=20, guidance=4.5, shift=3.0, width=64, height=64, text_length=0, dtype="float32")
@@ -46,8 +47,42 @@ class Family:
     about: str
 
 
+_MERGED = "the exact mean of the experts' changes, made on the spot"
+MERGE = "merge:"  # an adapter made on the spot: the exact mean of the sources after it, joined by "+"
+_TINY_EXPERTS = {
+    "student": "distilled from the three experts",
+    "geneval": "expert of composition",
+    "ocr": "expert of signs",
+    "quality": "expert of clean pictures, and the anchor",
+}
+
+
 def _tiny_folder() -> Path:
     return Path(str(resources.files("flowopd_eval.tiny").joinpath("weights")))
+
+
+def _tiny_members() -> dict[str, Member]:
+    """The base and those of its adapters that are there; the merge once there are experts to merge."""
+    folder = Path(str(resources.files("flowopd_eval.tiny").joinpath("experts")))
+    there = {name: str(folder / name) for name in _TINY_EXPERTS if (folder / name).is_dir()}
+    members = {"base": Member(None, "the built-in miniature")}
+    members |= {name: Member(path, _TINY_EXPERTS[name]) for name, path in there.items()}
+    experts = [path for name, path in there.items() if name != "student"]
+    return members | ({"merge": Member(MERGE + "+".join(experts), _MERGED)} if len(experts) > 1 else {})
+
+
+def load_adapter(source: str) -> Adapter:
+    """The adapter that a member names: read from its source, or merged on the spot.
+
+    Raises:
+        RequestError: as :func:`flowopd_eval.adapters.read_adapter`.
+    """
+    from flowopd_eval.adapters import merge_adapters, read_adapter
+
+    if not source.startswith(MERGE):
+        return read_adapter(source)
+    parts = source.removeprefix(MERGE).split("+")
+    return merge_adapters([(read_adapter(part), 1 / len(parts)) for part in parts])[0]
 
 
 FAMILIES: dict[str, Family] = {
@@ -62,6 +97,11 @@ FAMILIES: dict[str, Family] = {
             "ocr": Member("hub:jieliu/SD3.5M-FlowGRPO-Text", "expert of written text"),
             "pickscore": Member("hub:jieliu/SD3.5M-FlowGRPO-PickScore", "expert of human preference"),
             "deqa": Member("hub:CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix", "expert of picture quality, and the anchor"),
+            "merge": Member(
+                MERGE + "hub:jieliu/SD3.5M-FlowGRPO-GenEval+hub:jieliu/SD3.5M-FlowGRPO-Text"
+                "+hub:jieliu/SD3.5M-FlowGRPO-PickScore+hub:CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix",
+                _MERGED,
+            ),
         },
         "coco",
         "Stable Diffusion 3.5 Medium, 512x512",
@@ -70,7 +110,7 @@ FAMILIES: dict[str, Family] = {
         "tiny",
         "builtin:tiny",
         TINY_RECORD,
-        {"base": Member(None, "the built-in miniature")},
+        _tiny_members(),
         "shapes",
         "the built-in miniature: the same architecture at 1/600 of the size, 64x64 pictures of shapes and signs",
     ),
@@ -206,7 +246,7 @@ class Backbone:
 
             pipeline = FlowOPDPipeline.from_pretrained(
                 self.folder,
-                experts={spec.name: spec.adapter for spec in self.specs if spec.adapter},
+                experts={spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter},
                 record=self.specs[0].record,
                 dtype=getattr(torch, self.dtype),
             )

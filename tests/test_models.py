@@ -7,10 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from diffusers import SD3Transformer2DModel
 from loopback_hub import files_of, hub, hub_environment
+from random_adapters import random_adapter
 
+from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, resolve
+from flowopd_eval.models import FAMILIES, MERGE, fetch_base, folder_sha256, load_adapter, resolve
 from flowopd_eval.records import SD35_RECORD, SamplingRecord
 
 
@@ -28,6 +31,18 @@ def test_a_lora_goes_on_a_base_only():
     assert resolve("tiny:base", "some/lora").name == "tiny:base+lora"
     with pytest.raises(RequestError, match=r"adapter of its own.*flow-opd:base"):
         resolve("flow-opd:ocr", "some/lora")
+
+
+def test_a_merge_is_the_exact_mean_of_its_sources(tmp_path):
+    transformer = SD3Transformer2DModel.from_pretrained(fetch_base("builtin:tiny"), subfolder="transformer")
+    for seed in range(3):
+        write_adapter(random_adapter(transformer, seed), tmp_path / str(seed))
+    sources = [str(tmp_path / str(seed)) for seed in range(3)]
+    merged = load_adapter(MERGE + "+".join(sources))
+    expected, _ = merge_adapters([(read_adapter(source), 1 / 3) for source in sources])
+    assert merged.sha256 == expected.sha256
+    assert load_adapter(sources[0]).sha256 == read_adapter(sources[0]).sha256
+    assert FAMILIES["flow-opd"].members["merge"].adapter.count("hub:") == 4
 
 
 def test_a_folder_brings_its_own_record(tmp_path):

@@ -23,7 +23,7 @@ from flowopd_eval.adapters import Adapter, AdapterBank, fresh_adapter, merge_ada
 from flowopd_eval.download import list_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.flow import guided_velocity
-from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, resolve
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapter, resolve
 from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import SamplingRecord
@@ -269,7 +269,7 @@ def adapter_of(source: str) -> Adapter | None:
         return None
     if source.partition(":")[0] in FAMILIES:
         named = resolve(source).adapter
-        return read_adapter(named) if named else None
+        return load_adapter(named) if named else None
     if source.startswith("hub:"):
         whole = any(name.startswith("transformer/") for name in list_files(source))
     else:
