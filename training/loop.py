@@ -144,6 +144,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     # Precision is the recipe's: what `accelerate config` says of it would reach the student and not the teachers.
     accelerator = Accelerator(mixed_precision="no", log_with=trackers(config), project_dir=out, kwargs_handlers=[ddp])
     check_processes(config, accelerator.num_processes)
+    out.mkdir(parents=True, exist_ok=True)
     policies = Policies(config, accelerator.device)
     prompts = {task.name: task_prompts(task) for task in config.tasks}
     mixture = Mixture(
