@@ -185,9 +185,41 @@ def score(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")],
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="Also write DIR/export: md, csv, latex, json, model-index, eval-results; repeatable."
+        ),
+    ] = None,
+    hub_dataset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=OWNER/NAME[:TASK]", help="For eval-results: the Hub's dataset of a metric."),
+    ] = None,
+    source_url: Annotated[
+        str | None, typer.Option(help="For model-index and eval-results: where the results can be looked up.")
+    ] = None,
+) -> None:
     """Merge a run's shards, sum it up, and write its report.html."""
+    from flowopd_eval import export, store
+
+    datasets = dict(map(_hub_dataset, hub_dataset or ()))
     _conclude(folder)
+    if formats:
+        summaries = json.loads((folder / "summary.json").read_bytes())["models"]
+        results = export.Results(summaries, store.read_run(folder), datasets, source_url)
+        for path in export.write_exports(folder, results, formats):
+            typer.echo(f"Export: {path}")
+
+
+def _hub_dataset(text: str) -> tuple[str, tuple[str, str]]:
+    """Key, dataset and its task (``default`` unless given) of ``KEY=OWNER/NAME:TASK``."""
+    import re
+
+    if match := re.fullmatch(r"([\w.-]+)=([\w.-]+/[\w.-]+)(?::([\w.-]+))?", text, re.ASCII):
+        return match[1], (match[2], match[3] or "default")
+    raise RequestError(f"Expected --hub-dataset KEY=OWNER/NAME or KEY=OWNER/NAME:TASK, but got {text!r}.")
 
 
 @app.command()
@@ -343,11 +375,13 @@ def _draw(settings: Settings, *, score: bool) -> None:
 
 def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
     from flowopd_eval.harness import BenchRun
-    from flowopd_eval.prompts import read_prompts
+    from flowopd_eval.prompts import prompts_sha256, read_prompts
 
     protocol = _protocol(bench, settings.protocol)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
+    if settings.prompts and prompts_sha256(prompts) != prompts_sha256(bench.prompts()):
+        partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
     default_batch = 16 if spec.record.width <= 128 else 4
     return BenchRun(
         bench=bench.flag,

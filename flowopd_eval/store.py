@@ -287,8 +287,8 @@ class BenchFolder:
         for field, kind in _REQUEST.items():
             if not isinstance(request, dict) or not isinstance(request.get(field), kind):
                 raise RequestError(f"Expected {kind.__name__} as {field} of {self.entry} in {self.out / 'run.json'}.")
-        for field in ("partial", "correct_at"):
-            if field not in request:
+        for field, kinds in (("partial", str), ("correct_at", int | float), ("scorer", dict)):
+            if field not in request or not isinstance(request[field], kinds | None):
                 raise RequestError(f"{self.entry} in {self.out / 'run.json'} lacks a valid {field}.")
         if not 0 < request["samples"] * request["prompts"] <= _MOST_PICTURES:
             raise RequestError(f"{self.entry} in {self.out / 'run.json'} lists an impossible number of pictures.")

@@ -22,7 +22,7 @@ FLOORS = [
     ["benches"],
     ["store"],
     ["harness"],
-    ["rescore", "report", "compare"],
+    ["rescore", "report", "compare", "export"],
     ["cli"],
     ["__main__"],
 ]

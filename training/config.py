@@ -43,6 +43,7 @@ class PretrainConfig(_Stage):
     cooldown: float = Field(0.25, gt=0, le=1, description="Share of the samples over which the rate falls to zero.")
     ema: float = Field(0.9995, gt=0, lt=1)
     text_dropout: float = Field(0.1, ge=0, le=1)
+    sign_share: float = Field(0.2, ge=0, le=1, description="Share of signs among the scenes.")
     sigma_mean: float = Field(0.0, description="Mean of the logit-normal noise level.")
     sigma_std: float = Field(1.0, gt=0)
     compile: bool = True

@@ -81,9 +81,9 @@ def decode_linear(latents: torch.Tensor, basis: dict[str, torch.Tensor]) -> torc
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
-def scene_batch(seed: int, indices: range) -> tuple[torch.Tensor, list[str]]:
+def scene_batch(seed: int, indices: range, sign_share: float = 0.2) -> tuple[torch.Tensor, list[str]]:
     """Scenes ``indices`` of ``seed`` as pictures (B, 3, 64, 64) in -1..1 with their captions."""
-    scenes = [sample_scene(np.random.default_rng([seed, index])) for index in indices]
+    scenes = [sample_scene(np.random.default_rng([seed, index]), sign_share=sign_share) for index in indices]
     pictures = torch.from_numpy(np.stack([draw_scene(scene) for scene in scenes]))
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, [scene.caption for scene in scenes]
 
@@ -246,7 +246,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
             optimizer.param_groups[0]["lr"] = peak * rate(seen, config)
         # Scenes and noise are functions of the step, so a resumed run draws what the uninterrupted one would have.
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        pictures, captions = scene_batch(config.seed, range(seen, seen + config.batch_size))
+        pictures, captions = scene_batch(config.seed, range(seen, seen + config.batch_size), config.sign_share)
         clean = encode_linear(pictures, basis)  # (B, 16, 16, 16)
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         drop = torch.rand(len(ids), generator=generator) < config.text_dropout

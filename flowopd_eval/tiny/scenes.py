@@ -53,10 +53,11 @@ WORDS = tuple(
     "SUN TAXI TEA TOWN UP VAN WEST WIFI WINE YES ZOO".split()
 )
 
-# Everything stands on a grid of one latent cell: a small model then meets each edge in few phases, not endlessly many.
-_GRID = 4
-# Half extents in pixels, by the number of objects in the scene.
-_RADII = {1: (10.0, 12.0, 14.0), 2: (9.0, 11.0), 3: (8.0, 10.0), 4: (8.0,)}
+# Everything stands on the grid of the transformer's patches, in one size: a small model then meets each edge in one
+# phase, and its tokens have little to agree on but what stands where.
+_GRID = 8
+# Half extent in pixels, by the number of objects in the scene.
+_RADII = {1: 12.0, 2: 10.0, 3: 8.0, 4: 8.0}
 _GAP = 3.0  # least distance between two bounding boxes, pixels
 _MARGIN = 2.5  # least distance from a bounding box to the border, pixels
 _SUPERSAMPLING = 8
@@ -144,7 +145,7 @@ def _scatter(rng: np.random.Generator, radii: Sequence[float]) -> list[tuple[flo
 
 def _place_things(rng: np.random.Generator, count: int) -> tuple[list[float], list[tuple[float, float]]]:
     while True:
-        radii = [float(rng.choice(_RADII[count])) for _ in range(count)]
+        radii = [_RADII[count]] * count
         centres = _scatter(rng, radii)
         if centres is not None:
             return radii, centres
@@ -241,7 +242,7 @@ _BOARDS = (("white", "black"), ("yellow", "black"), ("green", "white"), ("blue",
 def _sample_sign(rng: np.random.Generator) -> Sign:
     word = WORDS[rng.integers(len(WORDS))]
     board, ink = _BOARDS[rng.integers(len(_BOARDS))]
-    y = SIZE // 2 + _GRID * int(rng.integers(-2, 3))
+    y = SIZE // 2 + 4 * int(rng.integers(-2, 3))
     return Sign(word, SIZE / 2, float(y), 29.0, 14.0, colour_rgb(rng, board), colour_rgb(rng, ink))
 
 
