@@ -337,7 +337,7 @@ def read_run(out: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise RequestError(f"{out} holds no run: there is no {path}. Give the --out folder of a run.") from error
     except OSError as error:
-        raise RequestError(f"Cannot read {path}: {error.strerror}.") from error
+        raise RequestError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise RequestError(f"{path} is not JSON: {error}. Restore it, or start again with another --out.") from error
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:

@@ -123,7 +123,6 @@ def test_shards_join_to_the_same_bytes(small_run, command, tmp_path):
         (["--bench", "geneval", "--device", "cuda"], "no CUDA device"),
         (["--bench", "geneval", "--device", "abacus"], "'abacus'"),
         (["--bench", "geneval", "--protocol", "mine"], "no protocol 'mine'"),
-        (["--bench", "geneval", "--model", "flow-opd"], "COCO detector"),
         (["--bench", "geneval", "--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--bench", "ocr", "--model", "flow-opd"], "'ocr' is not there"),
         (["--bench", "geneval", "--steps", "0"], "--steps"),

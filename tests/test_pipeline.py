@@ -95,7 +95,7 @@ def test_an_expert_is_what_diffusers_draws_with_the_written_file(pipe, tmp_path)
         PROMPTS[0], latents=draw_noise([4], (16, 16, 16)), num_inference_steps=STEPS, guidance_scale=4.5, height=64,
         width=64, max_sequence_length=0, output_type="latent",
     ).images  # fmt: skip
-    torch.testing.assert_close(latents(pipe, PROMPTS[0], expert="one", seed=4), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents(pipe, PROMPTS[0], expert="one", seed=4), expected, atol=1e-3, rtol=0)
 
 
 def test_fusing_changes_nothing_but_refuses_the_others(pipe):
@@ -103,7 +103,7 @@ def test_fusing_changes_nothing_but_refuses_the_others(pipe):
     unfused = latents(pipe, PROMPTS, expert="two", seed=3)
     pipe.fuse_expert("two")
     try:
-        torch.testing.assert_close(latents(pipe, PROMPTS, expert="two", seed=3), unfused, atol=1e-4, rtol=0)
+        torch.testing.assert_close(latents(pipe, PROMPTS, expert="two", seed=3), unfused, atol=1e-3, rtol=0)
         for other in ("one", None):
             with pytest.raises(RequestError, match=r"'two' is fused.*unfuse_expert"):
                 pipe(PROMPTS[0], expert=other, num_inference_steps=1)

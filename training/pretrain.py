@@ -61,7 +61,7 @@ def fit_basis(seed: int, count: int = 4000) -> dict[str, torch.Tensor]:
 
 
 def load_basis() -> dict[str, torch.Tensor]:
-    """The basis every stage uses: :func:`fit_basis` of seed 0, kept in a file.
+    """The basis every stage uses, kept in a file: :func:`fit_basis` of seed 0 in the world's first form.
 
     Eigenvectors have no sign of their own, so another machine could find some of them turned round; a model trained on
     the one basis draws noise on the other.
