@@ -93,6 +93,7 @@ class Mixture:
         self._tags = [_by_tag(prompts[task.name]) for task in tasks]
         total = sum(task.share for task in tasks)
         self._shares = [task.share / total for task in tasks]
+        self._order = lru_cache(maxsize=256)(self._shuffled)  # one for all samples of a round
 
     def samples(self, step: int) -> list[Sample]:
         """The samples of ``step``, the same however often and wherever it is asked."""
@@ -132,8 +133,10 @@ class Mixture:
         tags = self._tags[task]
         prompts = tags[occurrence % len(tags)]
         round_, place = divmod(occurrence // len(tags), len(prompts))
-        order = np.random.default_rng([self.seed, task, occurrence % len(tags), round_]).permutation(len(prompts))
-        return prompts[order[place]]
+        return prompts[self._order(task, occurrence % len(tags), round_, len(prompts))[place]]
+
+    def _shuffled(self, task: int, tag: int, round_: int, count: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, task, tag, round_]).permutation(count)
 
 
 def _by_tag(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
@@ -149,10 +152,6 @@ class Text:
 
     states: Tensor
     pooled: Tensor
-
-    def repeat(self, times: int) -> Text:
-        """The batch ``times`` times over."""
-        return Text(self.states.repeat(times, 1, 1), self.pooled.repeat(times, 1))
 
     def __getitem__(self, rows: Sequence[int] | slice) -> Text:
         return Text(self.states[rows], self.pooled[rows])

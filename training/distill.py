@@ -76,7 +76,7 @@ class Distillation:
                 v[others] = rest
             return v
 
-        self._follow(samples, conditions, list(self._draw(samples, velocity)), last, means)
+        self._follow(samples, conditions, list(self._draw(samples, velocity)))
 
     def _draw(self, samples: Sequence[Sample], velocity) -> Iterator[Step]:  # noqa: ANN001
         sources = generators([sample.seed for sample in samples])
@@ -107,9 +107,7 @@ class Distillation:
         means.add("kl/anchor", *pull.detach())
         return kl + self.anchor_weight * pull
 
-    def _follow(
-        self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step], last: bool, means: Means
-    ) -> None:
+    def _follow(self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step]) -> None:
         """What comes after the trajectories; nothing for the direct objective."""
 
 
@@ -122,13 +120,10 @@ class PolicyGradient(Distillation):
 
     def accumulate(self, samples: Sequence[Sample], last: bool, means: Means) -> None:
         """As the parent's, but gradients are shared at the end of the second pass."""
-        self._kl: list[Tensor] = []
         super().accumulate(samples, False, means)
         self._second_pass(samples, last)
 
-    def _follow(
-        self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step], last: bool, means: Means
-    ) -> None:
+    def _follow(self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step]) -> None:
         # Kept in no graph: what an action is worth is a number.
         kl = [self._loss(step.i, step.x, step.velocity, conditions, samples, Means()) for step in steps]
         self._steps, self._conditions, self._kl = steps, conditions, kl

@@ -61,9 +61,8 @@ class Schedule:
         if name == "transition" and self.sampler == "cps":
             weights = flow.cps_kl_weight(sigma, following, self.a)
         else:
-            a = (
-                self.a if self.sampler == "sde" else 0.0
-            )  # these are the SDE's weights; the ODE is the SDE without noise
+            # These are the SDE's weights; the ODE is the SDE without noise.
+            a = self.a if self.sampler == "sde" else 0.0
             weights = flow.kl_weight(name, sigma, following, a, self.sigmas[1])
         weights = torch.where(weights.isfinite(), weights, 0.0)
         if not weights.any():
