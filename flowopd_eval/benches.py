@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.records import Prompt, Scorer
@@ -13,7 +15,10 @@ OCR_SIDE = 160  # pixels; contracts: one value for training and evaluation
 
 @dataclass(frozen=True)
 class Bench:
-    """A bench: ``flag`` on the command line, for models that draw ``objects``; ``key`` names the metric in results."""
+    """A bench: ``flag`` on the command line, for models that draw ``objects``; ``key`` names the metric in results.
+
+    ``protocols`` are those a user may choose, the first by default; ``scorer`` also takes the names in ``steps``.
+    """
 
     flag: str
     objects: str
@@ -25,6 +30,7 @@ class Bench:
     scorer: Callable[[str], Scorer]
     samples: int = 1
     protocols: tuple[str, ...] = ("official",)
+    steps: tuple[tuple[str, str], ...] = ()  # from one protocol to another: what changes, and the name of the result
 
 
 def _official_prompts() -> list[Prompt]:
@@ -45,23 +51,29 @@ def _sign_prompts() -> list[Prompt]:
     return sign_prompts()
 
 
-def _coco_scorer(protocol: str) -> Scorer:
+@cache
+def _coco_detector() -> Any:
+    """One detector a process, whatever the protocol."""
     import torch
 
     from flowopd_eval.scorers.clip_colours import ClipColours
-    from flowopd_eval.scorers.geneval import GenEvalScorer
     from flowopd_eval.scorers.mask2former import Mask2FormerDetector, official_weights
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    detector = Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
-    return GenEvalScorer(detector, protocol=protocol)
+    return Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
+
+
+def _coco_scorer(protocol: str) -> Scorer:
+    from flowopd_eval.scorers.geneval import GenEvalScorer
+
+    return GenEvalScorer(_coco_detector(), protocol)
 
 
 def _shapes_scorer(protocol: str) -> Scorer:
     from flowopd_eval.scorers.geneval import GenEvalScorer
     from flowopd_eval.tiny.detector import ShapesDetector
 
-    return GenEvalScorer(ShapesDetector(), protocol=protocol)
+    return GenEvalScorer(ShapesDetector(), protocol)
 
 
 def _sign_scorer(protocol: str) -> Scorer:
@@ -82,6 +94,14 @@ def _quality_scorer(protocol: str) -> Scorer:
     return QualityScorer()
 
 
+GENEVAL_PROTOCOLS = ("official", "flow-grpo")
+GENEVAL_STEPS = (
+    ("official", "official"),
+    ("pictures through JPEG 75", "official+jpeg"),
+    ("red and blue exchanged for the detector", "flow-grpo-by-task"),
+    ("mean over pictures, not tasks: flow-grpo", "flow-grpo"),
+)
+
 BENCHES: tuple[Bench, ...] = (
     Bench(
         "geneval",
@@ -93,6 +113,8 @@ BENCHES: tuple[Bench, ...] = (
         _official_prompts,
         _coco_scorer,
         samples=4,
+        protocols=GENEVAL_PROTOCOLS,
+        steps=GENEVAL_STEPS,
     ),
     Bench(
         "geneval",
@@ -103,6 +125,8 @@ BENCHES: tuple[Bench, ...] = (
         "GenEval's six tasks and its verdict over the miniature's shapes, judged by the miniature's own detector",
         _shapes_prompts,
         _shapes_scorer,
+        protocols=GENEVAL_PROTOCOLS,
+        steps=GENEVAL_STEPS,
     ),
     Bench(
         "ocr",

@@ -185,6 +185,27 @@ def score(
 
 
 @app.command()
+def explain(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")]) -> None:
+    """Judge a run's pictures by one protocol after the other: how much of a number is its protocol."""
+    from rich.console import Console
+
+    from flowopd_eval import explain as explaining
+    from flowopd_eval import store
+    from flowopd_eval.benches import bench_by_key
+
+    for entry in store.bench_folders(folder):
+        bench = bench_by_key(entry.request()["key"])
+        if not bench.steps:
+            typer.echo(f"{entry.entry}: {bench.title} has one protocol only.")
+            continue
+        scorers = [(name, bench.scorer(protocol)) for name, protocol in bench.steps]
+        with _progress() as progress:
+            explanation = explaining.explain(entry, scorers, progress=progress)
+        Console().print(explaining.terminal_report(explanation), crop=False)
+        typer.echo(f"Written to {entry.path / 'explain.json'}.")
+
+
+@app.command()
 def report(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")],
     formats: Annotated[

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError
-from flowopd_eval.harness import collect
+from flowopd_eval.harness import collect, mean_over
 from flowopd_eval.records import Interval, Prompt, Sample
 from flowopd_eval.statistics import mean_interval, paired_difference, paired_sd, prompts_needed, task_mean_interval
 from flowopd_eval.store import BenchFolder
@@ -379,6 +379,11 @@ class _Paired:
     def tasks(self) -> dict[str, str]:
         return {key: self.prompts[key].task for key in self.pairs}
 
+    @property
+    def strata(self) -> dict[str, str]:
+        """Within what the prompts of the overall score are averaged: their tasks, or all of them together."""
+        return self.tasks if mean_over(self.a.request) == "tasks" else dict.fromkeys(self.pairs, "all")
+
     def scores(self, side: int, task: str | None = None) -> dict[str, list[float]]:
         """Scores by prompt id of the first (0) or second (1) model, of one task or of all."""
         return {
@@ -478,8 +483,7 @@ def _pair_sides(a: Side, b: Side, key: str, across: str | None, *, pilot: bool =
 def _compare(paired: _Paired) -> Comparison:
     a, b, tasks = paired.scores(0), paired.scores(1), paired.tasks
     names = list(dict.fromkeys(tasks.values()))
-    estimates = [task_mean_interval({t: list(paired.scores(side, t).values()) for t in names}) for side in (0, 1)]
-    overall = Row("overall", len(tasks), estimates[0], estimates[1], paired_difference(a, b, tasks))
+    overall = Row("overall", len(tasks), *_estimates(paired), paired_difference(a, b, paired.strata))
     changes = [_change(paired, key) for key in paired.pairs]
     changes.sort(key=lambda change: -abs(change.b - change.a))  # stable: else in the order of the prompts
     better = tuple(change for change in changes if change.b > change.a)
@@ -506,6 +510,19 @@ def _compare(paired: _Paired) -> Comparison:
         sentence=_sentence(paired, overall.difference, real, needed),
         warnings=(*paired.warnings, *_few(len(tasks), "Intervals of so few are too narrow.")),
     )
+
+
+def _estimates(paired: _Paired) -> tuple[Interval, Interval]:
+    """The overall scores of both models."""
+    first, second = (paired.scores(side) for side in (0, 1))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for key, stratum in paired.strata.items():
+        groups[stratum].append(key)
+    a, b = (
+        task_mean_interval({stratum: [scores[key] for key in keys] for stratum, keys in groups.items()})
+        for scores in (first, second)
+    )
+    return a, b
 
 
 def _task_row(paired: _Paired, task: str) -> Row:
@@ -538,7 +555,7 @@ def _flips(changes: Sequence[Change], correct_at: float | None) -> tuple[int, in
 def _needed(paired: _Paired, difference: float) -> int | None:
     """Prompts at which ``difference`` would be seen; None where the spread of these prompts does not tell."""
     try:
-        sd = paired_sd(paired.scores(0), paired.scores(1), paired.tasks)
+        sd = paired_sd(paired.scores(0), paired.scores(1), paired.strata)
     except ValueError:  # a task of one prompt has no spread
         return None
     if min(difference, sd) <= _ROUNDING:
@@ -606,7 +623,7 @@ def prompts_for(
 def _requirement(paired: _Paired, delta: float, power: float) -> Requirement:
     key, points, prompts = paired.a.request["key"], paired.points, len(paired.pairs)
     try:
-        sd = paired_sd(paired.scores(0), paired.scores(1), paired.tasks) * (100 if points else 1)
+        sd = paired_sd(paired.scores(0), paired.scores(1), paired.strata) * (100 if points else 1)
     except ValueError as error:
         raise RequestError(f"{key}: the spread cannot be told. {error} Draw more prompts (--limit).") from error
     needed = prompts_needed(delta, sd, power) if sd > _ROUNDING else None

@@ -65,7 +65,8 @@ def standard_metrics(samples: Sequence[Sample], correct_at: float | None) -> dic
 
     ``overall`` is the unweighted mean of the task means; ``tasks`` holds each task's mean with ``n`` and ``unscored``;
     ``images`` is the mean over all pictures. With ``correct_at``, ``prompts_any`` is the share of prompts of which any
-    picture scores at least that. Prompts are the clusters of the intervals.
+    picture scores at least that; ``also`` holds the means of what the judge measures besides. Prompts are the clusters
+    of the intervals.
     """
     by_task: dict[str, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
@@ -91,7 +92,26 @@ def standard_metrics(samples: Sequence[Sample], correct_at: float | None) -> dic
     if correct_at is not None and everyone:
         right = [[float(score >= correct_at) for score in scores] for scores in everyone]
         metrics["prompts_any"] = asdict(any_correct(right))
+    if also := _further_measures(samples):
+        metrics["also"] = also
     return metrics
+
+
+def _further_measures(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Means over pictures of the numbers that a judge gives ``also``, in its detail."""
+    clusters: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        also = sample.detail.get("also")
+        for name, value in also.items() if isinstance(also, Mapping) else ():
+            if isinstance(value, int | float) and isfinite(value):
+                clusters[name][sample.id].append(value)
+    return {name: asdict(mean_interval(list(prompts.values()))) for name, prompts in clusters.items()}
+
+
+def mean_over(request: Mapping[str, Any]) -> str:
+    """What the overall score is the mean of, by the judge's protocol: ``tasks`` (their means) or ``images``."""
+    protocol = (request["scorer"] or {}).get("protocol")
+    return protocol.get("mean_over", "tasks") if isinstance(protocol, Mapping) else "tasks"
 
 
 # -------------------------------------------------------------------------------------------------- request and plan
@@ -154,6 +174,11 @@ def plan(prompts: Sequence[Prompt], samples: int, seed: int, batch_size: int) ->
     return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
 
 
+def identity_of(scorer: Scorer) -> dict[str, Any]:
+    """A scorer's identity as it will be read back. It may raise, where the scorer lacks a dependency."""
+    return json.loads(json.dumps(dict(scorer.identity())))
+
+
 def request_of(run: BenchRun, generator: Mapping[str, Any], scorer: Mapping[str, Any] | None) -> dict[str, Any]:
     request = {
         "model": generator["model"],
@@ -211,7 +236,7 @@ def run_bench(
     Raises ``RequestError`` when ``out`` answers another request or another process is at work on this shard,
     ``WorkError`` when the disk is full, ``Interrupted`` at Ctrl-C and SIGTERM.
     """
-    scorer_identity = dict(run.scorer.identity()) if run.scorer else None  # first: it may lack a dependency
+    scorer_identity = identity_of(run.scorer) if run.scorer else None  # first: it may lack a dependency
     request = request_of(run, generator.identity(), scorer_identity)
     folder = BenchFolder.of(out, request["model"], run.bench)
     title = f"{request['model']} on {run.bench}"
@@ -456,6 +481,8 @@ def summarise(
     """``summary.json``: metrics, counts, why it is partial (or null), and all that makes it comparable."""
     unscored = sum(sample.score is None for sample in samples)
     computed = metrics(samples, request["correct_at"])
+    if mean_over(request) == "images":
+        computed["overall"] = computed["images"]
     reasons = [request["partial"]] if request["partial"] else []
     reasons += missing
     reasons += [

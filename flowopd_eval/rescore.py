@@ -22,6 +22,7 @@ from flowopd_eval.harness import (
     claim,
     collect,
     finish,
+    identity_of,
     judge,
     plan,
     recorded_session,
@@ -51,25 +52,44 @@ def rescore(
     all of them. The old scores stay in place until the last picture is judged; an interrupted call continues.
     Raises ``RequestError`` while shards are missing.
     """
-    identity = json.loads(json.dumps(dict(scorer.identity())))
+    identity = identity_of(scorer)
     everything = again or folder.request()["scorer"] != identity
     with folder.alone(WHOLE.journal):
         samples, missing = collect(folder)
         if folder.shards():
             raise RequestError(f"{folder.path} is not complete ({'; '.join(missing)}): run the missing shards first.")
         todo = [sample for sample in samples if everything or sample.score is None]
-        path = folder.path / f"rescore-{hashlib.sha256(store.json_line(identity)).hexdigest()[:12]}.jsonl"
-        drawn = {(s.id, s.k): s.sha256 for s in samples}
-        judged = [s for s in store.read_samples(path) if drawn.get((s.id, s.k)) == s.sha256]
-        with closing(store.Journal(path, judged)) as journal, recorded_session(folder, "judge") as session:
-            judged += _judge_rest(folder, scorer, todo, judged, batch_size, journal, session, progress)
-        known = by_picture(judged)
+        known = judge_aside(folder, scorer, samples, todo, batch_size, progress)
         lines = [store.json_line(known.get((s.id, s.k), s).to_json()) for s in samples]
         store.write_atomic(folder.samples, b"".join(lines))
         with store.changing_run(folder.out) as run:
             run["runs"][folder.entry]["request"]["scorer"] = identity
-        path.unlink()
+        _aside(folder, identity).unlink()
     return finish(folder, metrics)
+
+
+def judge_aside(
+    folder: BenchFolder,
+    scorer: Scorer,
+    samples: Sequence[Sample],
+    todo: Sequence[Sample],
+    batch_size: int,
+    progress: Progress,
+) -> dict[tuple[str, int], Sample]:
+    """``todo`` of a run's ``samples`` with the scores of ``scorer``, by prompt and k; the run's own stay as they are.
+
+    They grow in a journal of their own, which is the caller's to remove; an interrupted call continues there.
+    """
+    path = _aside(folder, identity_of(scorer))
+    drawn = {(s.id, s.k): s.sha256 for s in samples}
+    judged = [s for s in store.read_samples(path) if drawn.get((s.id, s.k)) == s.sha256]
+    with closing(store.Journal(path, judged)) as journal, recorded_session(folder, "judge") as session:
+        judged += _judge_rest(folder, scorer, todo, judged, batch_size, journal, session, progress)
+    return by_picture(judged)
+
+
+def _aside(folder: BenchFolder, identity: dict[str, Any]) -> Path:
+    return folder.path / f"rescore-{hashlib.sha256(store.json_line(identity)).hexdigest()[:12]}.jsonl"
 
 
 def _judge_rest(

@@ -23,6 +23,7 @@ FLOORS = [
     ["store"],
     ["harness"],
     ["rescore", "report", "compare", "export"],
+    ["explain"],
     ["cli"],
     ["__main__"],
 ]

@@ -15,6 +15,7 @@ from flowopd_eval.errors import RequestError
 from flowopd_eval.prompts import GENEVAL_RELATIONS
 from flowopd_eval.records import Box, Detection, Prompt, Score
 from flowopd_eval.scorers.geneval import (
+    FLOW_GRPO,
     OFFICIAL,
     GenEvalProtocol,
     GenEvalScorer,
@@ -22,6 +23,7 @@ from flowopd_eval.scorers.geneval import (
     box_iou,
     check_record,
     colour_queries,
+    flow_grpo_verdict,
     keep,
     partial_credit,
     relative_position,
@@ -126,6 +128,94 @@ def test_verdict_agrees_with_the_literal_protocol_on_random_cases() -> None:
         assert bool(score.reason) == (score.value == 0.0)
         verdicts.append(score.value)
     assert 0.05 < np.mean(verdicts) < 0.95
+
+
+def slow_server(record: Mapping[str, Any], task: str, detections: Sequence[Detection]) -> tuple[bool, float]:
+    """What reward-server's ``evaluate_reward`` is said to do, as a list of events: (strictly right, its score)."""
+    least = {"counting": 0.9}.get(task, 0.3)
+    events: list[float] = []
+    holds: list[list[Detection]] = []  # of each clause: its objects, or nothing where it failed
+    for clause in record["include"]:
+        there = sorted(
+            (d for d in detections if d.label == clause["class"] and d.score > least), key=lambda d: -d.score
+        )
+        there, wanted = there[:16], clause["count"]
+        events.append(1 - abs(wanted - len(there)) / wanted)
+        if len(there) != wanted:
+            if {"color", "position"} & set(clause):
+                events.append(0.0)
+            holds.append([])
+            continue
+        if "color" in clause:
+            right = [d.colour for d in there].count(clause["color"])
+            events.append(1 - abs(wanted - right) / wanted)
+            if right != wanted:
+                holds.append([])
+                continue
+        if "position" in clause:
+            relation, index = clause["position"]
+            if not holds[index]:
+                events.append(0.0)
+                holds.append([])
+                continue
+            missed = any(relation not in slow_relations(d.box, o.box) for d in there for o in holds[index])
+            if missed:
+                events.append(0.0)
+            events.append(1.0)  # in either case
+            if missed:
+                holds.append([])
+                continue
+        holds.append(there)
+    return all(holds), sum(events) / len(events)
+
+
+def test_flow_grpo_s_other_numbers_agree_with_a_literal_reading_of_its_server() -> None:
+    rng = random.Random(3)
+    seen = []
+    for _ in range(10_000):
+        record, task, detections = random_case(rng)
+        also = flow_grpo_verdict(record, keep(detections, task, FLOW_GRPO), FLOW_GRPO).detail["also"]
+        strict, score = slow_server(record, task, detections)
+        assert also == {"strict_accuracy": float(strict), "score": pytest.approx(score)}, (record, task, detections)
+        seen.append((also["strict_accuracy"], also["score"]))
+    assert 0.01 < np.mean([strict for strict, _ in seen]) < 0.95
+    assert min(score for _, score in seen) < -5  # an excess of objects has no floor there
+
+
+def test_a_wrong_position_is_worth_three_quarters_to_flow_grpo_s_server() -> None:
+    record = {"include": [{"class": "circle", "count": 1}, {"class": "star", "count": 1, "position": ["above", 0]}]}
+    objects = keep([found("circle", (0, 0, 5, 5)), found("star", (0, 50, 5, 55))], "position")
+    assert flow_grpo_verdict(record, objects, FLOW_GRPO).detail["also"] == {"strict_accuracy": 0.0, "score": 0.75}
+
+
+def test_the_flow_grpo_protocol_shows_the_detector_blue_for_red_and_the_colours_as_they_are() -> None:
+    """A detector of plain pixels: it calls what it sees red a circle, and tells colours from what it is then given."""
+
+    class Pixels:
+        def __init__(self) -> None:
+            self.asked: list[tuple[int, int, int]] = []
+
+        def identity(self) -> Mapping[str, Any]:
+            return {"name": "pixels"}
+
+        def detect(self, images: Sequence[Image.Image]) -> list[list[Detection]]:
+            colours = [np.asarray(image)[4, 4] for image in images]
+            return [[found("circle" if c[0] > c[2] else "square", colour="as detected")] for c in colours]
+
+        def classify_colours(self, images: Any, queries: Any) -> list[list[str]]:
+            self.asked += [tuple(int(v) for v in np.asarray(image)[4, 4]) for image in images]
+            return [["red"] * len(asked) for asked in queries]
+
+    red = Image.new("RGB", (16, 16), (200, 30, 20))
+    prompts = [Prompt("p", "a red square", "colors", {"include": [{"class": "square", "count": 1, "color": "red"}]})]
+    detector = Pixels()
+    assert [s.value for s in GenEvalScorer(detector, "official").score([red], prompts)] == [0.0]
+    (score,) = GenEvalScorer(detector, "flow-grpo").score([red], prompts)
+    assert score.value == 1.0
+    assert score.detail["colours"] == {"square": ["red"]}
+    (asked,) = detector.asked
+    assert asked != (200, 30, 20)  # through JPEG …
+    assert asked == pytest.approx((200, 30, 20), abs=6)  # … and not exchanged
 
 
 def test_relations_agree_with_the_official_formula() -> None:

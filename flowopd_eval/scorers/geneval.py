@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.prompts import GENEVAL_RELATIONS, plural
@@ -37,7 +37,9 @@ class GenEvalProtocol:
     A detection counts when its score is strictly above ``threshold``, or above ``counting_threshold`` in counting
     prompts; the ``max_objects`` best of a class are taken; of two whose boxes overlap by ``nms_iou`` or more only the
     better stays (None: both stay). ``position_margin`` is the share of the two objects' summed extents by which an
-    offset must exceed zero before it says anything about position.
+    offset must exceed zero before it says anything about position. ``jpeg_quality``: the judge gets the picture through
+    JPEG (None: as it is). ``swapped_channels``: the detector, and it alone, sees red and blue exchanged. ``mean_over``:
+    the overall score is the mean of the ``tasks``' means or the mean over all ``images``.
     """
 
     name: str
@@ -46,10 +48,26 @@ class GenEvalProtocol:
     max_objects: int = 16
     nms_iou: float | None = None
     position_margin: float = 0.1
+    jpeg_quality: int | None = None
+    swapped_channels: bool = False
+    mean_over: Literal["tasks", "images"] = "tasks"
 
 
 OFFICIAL = GenEvalProtocol("official")
-PROTOCOLS = {protocol.name: protocol for protocol in (OFFICIAL,)}
+# What the evaluation of Flow-GRPO and its descendants does (yifan123/reward-server, ``reward_server/gen_eval.py``, and
+# its client): pictures travel as JPEG at Pillow's default quality, an RGB array goes where mmdet expects BGR, and what
+# is logged is the mean over pictures.
+FLOW_GRPO = GenEvalProtocol("flow-grpo", jpeg_quality=75, swapped_channels=True, mean_over="images")
+# The two, and what lies between them when one thing is changed after the other.
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        OFFICIAL,
+        replace(OFFICIAL, name="official+jpeg", jpeg_quality=75),
+        replace(FLOW_GRPO, name="flow-grpo-by-task", mean_over="tasks"),
+        FLOW_GRPO,
+    )
+}
 
 
 class Detector(Protocol):
@@ -194,6 +212,40 @@ def partial_credit(record: Mapping[str, Any], objects: Objects, protocol: GenEva
     return Score(value, "; ".join(reason for reason in reasons if reason), _detail(objects))
 
 
+def flow_grpo_measures(record: Mapping[str, Any], objects: Objects, protocol: GenEvalProtocol) -> dict[str, float]:
+    """The two other numbers of Flow-GRPO's server, its mistakes included (``evaluate_reward`` of ``gen_eval.py``).
+
+    ``strict_accuracy`` is 1 where each include clause finds exactly its count and all else holds; exclude clauses play
+    no part. ``score`` is a mean of points that an excess of objects drives below zero without a floor, and in which a
+    wrong position earns one point of two.
+    """
+    points: list[float] = []
+    include = record.get("include", ())
+    groups: list[Sequence[Detection] | None] = []
+    for clause in include:
+        found, count = objects.get(clause["class"], ()), clause["count"]
+        points.append(1 - abs(count - len(found)) / count)
+        matched = len(found) == count
+        if not matched and ("color" in clause or "position" in clause):
+            points.append(0.0)
+        if matched and "color" in clause:
+            right = sum(detection.colour == clause["color"] for detection in found)
+            points.append(1 - abs(count - right) / count)
+            matched = right == count
+        if matched and "position" in clause:
+            wrong = _wrong_position(clause, found, include, groups, protocol.position_margin)
+            points += [0.0] * bool(wrong) + [1.0] * (groups[clause["position"][1]] is not None)
+            matched = not wrong
+        groups.append(found if matched else None)
+    return {"strict_accuracy": float(None not in groups), "score": math.fsum(points) / len(points)}
+
+
+def flow_grpo_verdict(record: Mapping[str, Any], objects: Objects, protocol: GenEvalProtocol) -> Score:
+    """The official verdict, with the server's other numbers under ``also`` in the detail."""
+    score = verdict(record, objects, protocol)
+    return replace(score, detail={**score.detail, "also": flow_grpo_measures(record, objects, protocol)})
+
+
 def _take(clause: Mapping[str, Any], objects: Objects) -> Sequence[Detection]:
     return objects.get(clause["class"], ())[: clause["count"]]
 
@@ -294,14 +346,16 @@ class GenEvalScorer:
     """
 
     metric = "geneval"
-    judge = staticmethod(verdict)
 
-    def __init__(self, detector: Detector, protocol: str = OFFICIAL.name) -> None:
-        """``protocol`` is one of :data:`PROTOCOLS`; another one is a RequestError."""
-        if protocol not in PROTOCOLS:
-            raise RequestError(f"Unknown GenEval protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}.")
+    def __init__(self, detector: Detector, protocol: GenEvalProtocol | str = OFFICIAL) -> None:
+        """``protocol`` is one of :data:`PROTOCOLS` by name, or one of your own; another name is a RequestError."""
+        if isinstance(protocol, str):
+            if protocol not in PROTOCOLS:
+                raise RequestError(f"Unknown GenEval protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}.")
+            protocol = PROTOCOLS[protocol]
         self.detector = detector
-        self.protocol = PROTOCOLS[protocol]
+        self.protocol = protocol
+        self.judge = flow_grpo_verdict if protocol == FLOW_GRPO else verdict
 
     def identity(self) -> Mapping[str, Any]:
         """The metric, the protocol with its numbers, and the detector."""
@@ -331,8 +385,8 @@ class GenEvalScorer:
         ]
 
     def _judge(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
-        pictures = [_upright(image) for image in images]
-        found = self.detector.detect(pictures)
+        pictures = [_sent(_upright(image), self.protocol.jpeg_quality) for image in images]
+        found = self._detect(pictures)
         for detections in found:
             _refuse_nan(detections)
         objects = [keep(d, p.task, self.protocol) for d, p in zip(found, prompts, strict=True)]
@@ -344,18 +398,47 @@ class GenEvalScorer:
             ]
         return [self.judge(p.fields, o, self.protocol) for p, o in zip(prompts, objects, strict=True)]
 
+    def _detect(self, pictures: Sequence[Image.Image]) -> list[list[Detection]]:
+        if not self.protocol.swapped_channels:
+            return self.detector.detect(pictures)
+        found = self.detector.detect([_red_and_blue_exchanged(picture) for picture in pictures])
+        # colours are told from the picture itself: what the detector saw of them is void
+        return [[replace(detection, colour=None) for detection in detections] for detections in found]
+
 
 class PartialCreditScorer(GenEvalScorer):
     """:func:`partial_credit` over batches of pictures: a reward for training."""
 
     metric = "partial_credit"
-    judge = staticmethod(partial_credit)
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__(detector)
+        self.judge = partial_credit
 
 
 def _upright(image: Image.Image) -> Image.Image:
     from PIL import ImageOps
 
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _sent(image: Image.Image, jpeg_quality: int | None) -> Image.Image:
+    """The picture after its way to the judge."""
+    if jpeg_quality is None:
+        return image
+    from io import BytesIO
+
+    from PIL import Image
+
+    buffer = BytesIO()
+    image.save(buffer, "JPEG", quality=jpeg_quality)
+    return Image.open(buffer).convert("RGB")
+
+
+def _red_and_blue_exchanged(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    return Image.merge("RGB", image.split()[::-1])
 
 
 def _refuse_nan(detections: Sequence[Detection]) -> None:

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from flowopd_eval.records import Detection
+from flowopd_eval.records import Box, Detection
+from flowopd_eval.scorers.geneval import box_iou
 from flowopd_eval.tiny.scenes import COLOURS, SHAPES, SIZE, Thing, shape_mask
 
 VERSION = 1
@@ -326,8 +327,19 @@ class ShapesDetector:
     def classify_colours(
         self, images: Sequence[Image.Image], queries: Sequence[Sequence[Detection]]
     ) -> list[list[str]]:
-        """The colours that :meth:`detect` saw."""
-        return [[str(detection.colour) for detection in asked] for asked in queries]
+        """The colours of asked-for detections: of the object that these pictures show at their place, or ``unclear``.
+
+        Only a protocol in which the detector saw the pictures in other colours asks: :meth:`detect` tells colours.
+        """
+        return [
+            [_colour_at(detection.box, seen) for detection in asked]
+            for asked, seen in zip(queries, self.detect(images), strict=True)
+        ]
+
+
+def _colour_at(box: Box, seen: Sequence[Detection]) -> str:
+    nearest = max(seen, key=lambda detection: box_iou(box, detection.box), default=None)
+    return str(nearest.colour) if nearest and box_iou(box, nearest.box) > 0.5 else "unclear"
 
 
 def _detect_image(image: Image.Image) -> list[Detection]:

@@ -9,7 +9,18 @@ from itertools import permutations, product
 from typing import Any
 
 from flowopd_eval.records import Prompt
-from flowopd_eval.tiny.scenes import COLOURS, NUMBERS, PLACES, PREFIXES, RELATIONS, SHAPES, SIGN_TASK, WORDS, describe
+from flowopd_eval.tiny.scenes import (
+    COLOURS,
+    NEW_WORDS,
+    NUMBERS,
+    PLACES,
+    PREFIXES,
+    RELATIONS,
+    SHAPES,
+    SIGN_TASK,
+    WORDS,
+    describe,
+)
 
 PROMPTS_A_TASK = 96  # of single_object there are 105 in all, so no more than that for balance
 SIGN_PROMPTS = 120
@@ -32,7 +43,10 @@ def shapes_geneval_prompts() -> list[Prompt]:
 
 
 def sign_prompts() -> list[Prompt]:
-    """120 distinct prompts ``a sign that says "WORD"``, with or without a place; ids ``signs-00000`` …"""
+    """120 distinct prompts ``a sign that says "WORD"``, with or without a place; ids ``signs-00000`` …
+
+    Half of the words are those of the base's pre-training, half are new to it.
+    """
     return _numbered([(SIGN_TASK, text, {}) for text in _balanced(_sign_texts(), SIGN_PROMPTS)], "signs")
 
 
@@ -80,7 +94,7 @@ def _numbered(drawn: Iterable[tuple[str, str, dict[str, Any]]], name: str) -> li
 
 
 def _sign_texts() -> dict[str, str]:
-    return {f'a sign that says "{word}"{where}': word for word, where in product(WORDS, _WHERE)}
+    return {f'a sign that says "{word}"{where}': word for word, where in product(WORDS + NEW_WORDS, _WHERE)}
 
 
 def _phrases() -> dict[str, list[_Phrase]]:
