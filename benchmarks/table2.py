@@ -3,7 +3,8 @@
 Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
 ``benchmarks/results/table2.json``, ``docs/table2.md``, ``docs/table2.png`` (score against student samples) and
 ``docs/table2-pictures.png``. Stop it whenever you like: what is finished is kept, the arm at hand goes on from its
-checkpoint. The adapters lie under ``runs/table2/train/ARM/adapter``.
+checkpoint. Learning rates are those of ``benchmarks/results/settings.json`` (see :mod:`benchmarks.settings`). The
+adapters lie under ``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations
@@ -46,22 +47,32 @@ class Arm:
         return [sys.executable, "-m", "training", f"training/recipes/{self.recipe}.toml", *sets]
 
 
+def setting(choice: str) -> tuple[str, ...]:
+    """The change that was chosen on development prompts for all arms of a kind; none before it was."""
+    path = Path("benchmarks/results/settings.json")
+    found = json.loads(path.read_text()).get(choice) if path.is_file() else None
+    return (f"{found['setting']}={found['chosen']}",) if found else ()
+
+
 def _trained_teacher(name: str) -> Path:
     return RUNS / "train" / f"grpo-{name}" / "adapter"
 
 
-_SOURCES = tuple(f"teachers.{name}.source={_trained_teacher(name)}" for name in TEACHERS)
+SOURCES = tuple(f"teachers.{name}.source={_trained_teacher(name)}" for name in TEACHERS)
 _MERGED = "{" + ", ".join(f'"{_trained_teacher(name)}" = {1 / len(TEACHERS)}' for name in TEACHERS) + "}"
-_ANCHOR = f"anchor.source={_trained_teacher('quality')}"
+ANCHOR = f"anchor.source={_trained_teacher('quality')}"
 
 
 def _grpo(recipe: str, name: str, title: str, *changes: str) -> Arm:
-    return Arm(name, title, recipe, ("snapshot_every=20", *changes))
+    return Arm(name, title, recipe, (*setting("grpo"), "snapshot_every=20", *changes))
 
 
 def _opd(name: str, title: str, start: str, *changes: str) -> Arm:
     return Arm(
-        name, title, "tiny_opd", (*_SOURCES, _ANCHOR, f"start={start}", "steps=300", "snapshot_every=60", *changes)
+        name,
+        title,
+        "tiny_opd",
+        (*SOURCES, ANCHOR, *setting("opd"), f"start={start}", "steps=300", "snapshot_every=60", *changes),
     )
 
 
@@ -73,7 +84,7 @@ ARMS = (
     _grpo("tiny_mix_two", "mix-two", "GRPO-Mix (GenEval + OCR)"),
     _grpo("tiny_mix", "mix", "GRPO-Mix (all rewards)"),
     Arm("merge", "Merge of the teachers", "tiny_merge", (f"teachers={_MERGED}",)),
-    Arm("sft", "SFT on the teachers' pictures", "tiny_sft", _SOURCES),
+    Arm("sft", "SFT on the teachers' pictures", "tiny_sft", SOURCES),
     _opd("opd-none", "Flow-OPD (no cold start)", "none"),
     _opd("opd-sft", "Flow-OPD (SFT)", _SFT),
     _opd("opd-merge", "Flow-OPD (merge)", "merge"),

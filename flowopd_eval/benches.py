@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from flowopd_eval.errors import RequestError
-from flowopd_eval.records import Prompt, Scorer
+from flowopd_eval.models import ANYTHING
+from flowopd_eval.records import Prompt, Sample, Scorer
 
 OCR_SIDE = 160  # pixels; contracts: one value for training and evaluation
+VLM_JUDGE = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2's official one
+
+
+@dataclass(frozen=True)
+class JudgeServer:
+    """An OpenAI-compatible server with log-probs, for the benches that a vision-language model judges."""
+
+    url: str
+    model: str = VLM_JUDGE
 
 
 @dataclass(frozen=True)
 class Bench:
     """A bench: ``flag`` on the command line, for models that draw ``objects``; ``key`` names the metric in results.
 
-    ``protocols`` are those a user may choose, the first by default; ``scorer`` also takes the names in ``steps``.
+    ``protocols`` are those a user may choose, the first by default; ``scorer`` takes one of them or of the names in
+    ``steps``, and the judge's server. A picture is right from ``correct_at`` on; None: there is no right and wrong.
+    ``metrics`` gives the function that sums up its samples, where it is not GenEval's.
     """
 
     flag: str
@@ -27,10 +39,13 @@ class Bench:
     title: str
     about: str
     prompts: Callable[[], list[Prompt]]
-    scorer: Callable[[str], Scorer]
+    scorer: Callable[..., Scorer]
     samples: int = 1
     protocols: tuple[str, ...] = ("official",)
     steps: tuple[tuple[str, str], ...] = ()  # from one protocol to another: what changes, and the name of the result
+    correct_at: float | None = 1.0
+    metrics: Callable[[], Callable[[Sequence[Sample], float | None], dict[str, Any]]] | None = None
+    check: Callable[[Prompt], None] = lambda prompt: None  # raises RequestError for a prompt nobody could judge
 
 
 def _official_prompts() -> list[Prompt]:
@@ -63,20 +78,38 @@ def _coco_detector() -> Any:
     return Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
 
 
-def _coco_scorer(protocol: str) -> Scorer:
+def _coco_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
     from flowopd_eval.scorers.geneval import GenEvalScorer
 
     return GenEvalScorer(_coco_detector(), protocol)
 
 
-def _shapes_scorer(protocol: str) -> Scorer:
+def _shapes_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
     from flowopd_eval.scorers.geneval import GenEvalScorer
     from flowopd_eval.tiny.detector import ShapesDetector
 
     return GenEvalScorer(ShapesDetector(), protocol)
 
 
-def _sign_scorer(protocol: str) -> Scorer:
+def _ocr_prompts() -> list[Prompt]:
+    from flowopd_eval.prompts import ocr_prompts
+
+    return ocr_prompts()
+
+
+def _quotes(prompt: Prompt) -> None:
+    from flowopd_eval.scorers.ocr import target_text
+
+    target_text(prompt.prompt)
+
+
+def _has_clauses(prompt: Prompt) -> None:
+    from flowopd_eval.scorers.geneval import check_record
+
+    check_record(prompt)
+
+
+def _ocr_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
     from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
 
     return OCRScorer(RapidOCREngine(OCR_SIDE))
@@ -88,10 +121,34 @@ def _quality_prompts() -> list[Prompt]:
     return quality_prompts()
 
 
-def _quality_scorer(protocol: str) -> Scorer:
+def _quality_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
     from flowopd_eval.tiny.quality import QualityScorer
 
     return QualityScorer()
+
+
+def _geneval2_prompts() -> list[Prompt]:
+    from flowopd_eval.geneval2_prompts import geneval2_prompts
+
+    return geneval2_prompts()
+
+
+def _geneval2_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+    from flowopd_eval.scorers.geneval2 import GenEval2Scorer
+    from flowopd_eval.scorers.vlm import VLMClient
+
+    if server is None:
+        raise RequestError(
+            f"GenEval 2 is judged by a vision-language model: start one (`vllm serve {VLM_JUDGE}`) and give "
+            "--judge-url http://localhost:8000/v1."
+        )
+    return GenEval2Scorer(VLMClient(server.url, server.model))
+
+
+def _geneval2_metrics() -> Callable[[Sequence[Sample], float | None], dict[str, Any]]:
+    from flowopd_eval.scorers.geneval2 import geneval2_metrics
+
+    return geneval2_metrics
 
 
 GENEVAL_PROTOCOLS = ("official", "flow-grpo")
@@ -115,6 +172,7 @@ BENCHES: tuple[Bench, ...] = (
         samples=4,
         protocols=GENEVAL_PROTOCOLS,
         steps=GENEVAL_STEPS,
+        check=_has_clauses,
     ),
     Bench(
         "geneval",
@@ -127,6 +185,7 @@ BENCHES: tuple[Bench, ...] = (
         _shapes_scorer,
         protocols=GENEVAL_PROTOCOLS,
         steps=GENEVAL_STEPS,
+        check=_has_clauses,
     ),
     Bench(
         "ocr",
@@ -136,8 +195,21 @@ BENCHES: tuple[Bench, ...] = (
         "Sign OCR (miniature)",
         "signs with one short word, read by rapidocr and scored by Flow-GRPO's rule",
         _sign_prompts,
-        _sign_scorer,
+        _ocr_scorer,
         protocols=("flow-grpo",),
+        check=_quotes,
+    ),
+    Bench(
+        "ocr",
+        "coco",
+        "ocr",
+        1,
+        "OCR",
+        "1,018 prompts that quote a text, read by rapidocr and scored by Flow-GRPO's rule (arXiv 2505.05470)",
+        _ocr_prompts,
+        _ocr_scorer,
+        protocols=("flow-grpo",),
+        check=_quotes,
     ),
     Bench(
         "quality",
@@ -148,6 +220,20 @@ BENCHES: tuple[Bench, ...] = (
         "how cleanly pictures of every kind are drawn, whatever they show",
         _quality_prompts,
         _quality_scorer,
+        correct_at=None,
+    ),
+    Bench(
+        "geneval2",
+        "coco",
+        "geneval2",
+        1,
+        "GenEval 2",
+        "800 prompts of 3 to 10 claims each, judged claim by claim by a vision-language model (arXiv 2512.16853)",
+        _geneval2_prompts,
+        _geneval2_scorer,
+        protocols=("soft-tifa",),
+        correct_at=None,
+        metrics=_geneval2_metrics,
     ),
 )
 
@@ -155,10 +241,17 @@ BENCHES: tuple[Bench, ...] = (
 def find_bench(flag: str, objects: str) -> Bench:
     """The bench ``flag`` for a model that draws ``objects``.
 
+    A model that may draw ``anything`` takes a bench of COCO objects by its flag, and every bench by its key.
+
     Raises:
         RequestError: unknown flag, or a bench that does not fit the model.
     """
     flags = sorted({bench.flag for bench in BENCHES})
+    if objects == ANYTHING:
+        for bench in BENCHES:
+            if bench.key == flag:
+                return bench
+        objects = "coco"
     if flag not in flags:
         raise RequestError(f"Unknown bench {flag!r}; known: {', '.join(flags)}. `flowopd-eval benches` describes them.")
     for bench in BENCHES:

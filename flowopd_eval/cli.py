@@ -21,8 +21,8 @@ import typer
 from flowopd_eval.errors import RequestError, WorkError
 
 if TYPE_CHECKING:
-    from flowopd_eval.benches import Bench
-    from flowopd_eval.harness import BenchRun, Progress
+    from flowopd_eval.benches import Bench, JudgeServer
+    from flowopd_eval.harness import BenchRun, Metrics, Progress
     from flowopd_eval.models import ModelSpec
     from flowopd_eval.records import Prompt, SamplingRecord
     from flowopd_eval.store import Shard
@@ -31,12 +31,13 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Draw and score text-to-image benches with the Flow-OPD student, its experts, or any SD3 model.",
+    help="Draw and score text-to-image benches with the Flow-OPD student, its experts, or any other model.",
 )
 
 BenchOption = Annotated[list[str] | None, typer.Option("--bench", help="Bench to run; repeatable. See `benches`.")]
 ModelOption = Annotated[
-    list[str] | None, typer.Option("--model", help="Model: family:member, folder or hub:REPO@REV; repeatable.")
+    list[str] | None,
+    typer.Option("--model", help="Model: family:member, folder, hub:REPO@REV or FILE.py:FUNCTION; repeatable."),
 ]
 LoraOption = Annotated[str | None, typer.Option(help="LoRA to put on the model: folder, file or hub:REPO@REV.")]
 OutOption = Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/<date>-<bench>-<model>).")]
@@ -53,6 +54,11 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or floa
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: cuda where there is one).")]
 ProtocolOption = Annotated[str | None, typer.Option(help="Scoring protocol (default: the bench's first).")]
 PromptsOption = Annotated[Path | None, typer.Option(help="Prompt file instead of the bench's own (JSON lines).")]
+JudgeUrlOption = Annotated[
+    str | None,
+    typer.Option(help="For geneval2: base URL of an OpenAI-compatible server with log-probs; key in OPENAI_API_KEY."),
+]
+JudgeModelOption = Annotated[str | None, typer.Option(help="Model on that server (default: the bench's official one).")]
 ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
 AcrossOption = Annotated[
     str | None, typer.Option(metavar="record", help="Let the sampling records differ: they are what is compared.")
@@ -79,6 +85,7 @@ class Settings:
     protocol: str | None
     prompts: Path | None
     shard: str | None
+    server: JudgeServer | None
 
 
 def _version(value: bool) -> None:
@@ -108,6 +115,8 @@ def main(
     protocol: ProtocolOption = None,
     prompts: PromptsOption = None,
     shard: ShardOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     """Draw and score: `flowopd-eval --bench geneval --model flow-opd`. Without --model, the built-in miniature."""
@@ -119,7 +128,7 @@ def main(
         raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, protocol, prompts, shard),
+                 device, protocol, prompts, shard, _server(judge_url, judge_model)),
         score=True,
     )  # fmt: skip
 
@@ -147,41 +156,66 @@ def generate(
         raise RequestError("Nothing to draw: name a bench (`--bench geneval`).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, None, prompts, shard),
+                 device, None, prompts, shard, None),
         score=False,
     )  # fmt: skip
 
 
 @app.command()
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run, or a folder in GenEval's layout.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run, a folder in GenEval's layout, or GenEval's results.jsonl.")
+    ],
     bench: Annotated[
         str, typer.Option(help="Metric of a foreign folder: a bench's key, as `benches` lists.")
     ] = "geneval",
     model: Annotated[str, typer.Option(help="Name of the model that drew a foreign folder.")] = "unknown",
     out: OutOption = None,
     protocol: ProtocolOption = None,
+    judge_url: JudgeUrlOption = None,
+    judge_model: JudgeModelOption = None,
     again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,
 ) -> None:
-    """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout."""
+    """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout.
+
+    Of a results.jsonl of GenEval's own, the numbers with intervals, and each verdict replayed from its boxes.
+    """
     from flowopd_eval import harness, rescore, store
     from flowopd_eval.benches import bench_by_key
 
+    if folder.is_file():
+        _replay(folder)
+        return
+    server = _server(judge_url, judge_model)
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder. Give a run, or a folder with NNNNN/metadata.jsonl and samples/.")
     if (folder / "run.json").exists():
         out, folders = folder, store.bench_folders(folder)
     else:
         kind = bench_by_key(bench)
-        kind.scorer(_protocol(kind, protocol))  # before anything is copied: it may lack something
+        kind.scorer(_protocol(kind, protocol), server).identity()  # before anything is copied: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
-        run = harness.BenchRun(kind.flag, kind.key, kind.version, tuple(kind.prompts()[:1]), None)
+        run = harness.BenchRun(
+            kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
+        )
         folders = [rescore.import_geneval(folder, out, run, model=model)]
     for entry in folders:
-        kind = bench_by_key(entry.request()["key"])
+        request = entry.request()
+        kind = bench_by_key(request["key"])
+        recorded = (request["scorer"] or {}).get("protocol")
+        own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
         with _progress() as progress:
-            rescore.rescore(entry, kind.scorer(_protocol(kind, protocol)), again=again, progress=progress)
+            scorer = kind.scorer(_protocol(kind, own), server)
+            rescore.rescore(entry, scorer, again=again, metrics=_metrics(kind), progress=progress)
     _conclude(out)
+
+
+def _replay(path: Path) -> None:
+    from rich.console import Console
+
+    from flowopd_eval import official
+
+    Console().print(official.terminal_report(official.read_results(path)), crop=False)
 
 
 @app.command()
@@ -211,7 +245,8 @@ def report(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", help="Also write DIR/export: md, csv, latex, json, model-index, eval-results; repeatable."
+            "--format",
+            help="Also write DIR/export: md, csv, latex, json, model-index, eval-results, geneval; repeatable.",
         ),
     ] = None,
     hub_dataset: Annotated[
@@ -223,14 +258,21 @@ def report(
     ] = None,
 ) -> None:
     """Merge a run's shards, sum it up, and write its report.html."""
-    from flowopd_eval import export, store
+    from flowopd_eval import export, official, store
 
     datasets = dict(map(_hub_dataset, hub_dataset or ()))
     _conclude(folder)
     if formats:
         summaries = json.loads((folder / "summary.json").read_bytes())["models"]
         results = export.Results(summaries, store.read_run(folder), datasets, source_url)
-        for path in export.write_exports(folder, results, formats):
+        texts = [name for name in formats if name != "geneval"]
+        paths = export.write_exports(folder, results, texts)
+        if "geneval" in formats:
+            chosen = [entry for entry in store.bench_folders(folder) if entry.request()["bench"] == "geneval"]
+            if not chosen:
+                raise RequestError(f"{folder} has no bench in GenEval's layout: --format geneval writes nothing.")
+            paths += [official.write_folder(entry, folder / "export" / entry.entry) for entry in chosen]
+        for path in paths:
             typer.echo(f"Export: {path}")
 
 
@@ -249,6 +291,9 @@ def compare(
     across: AcrossOption = None,
     show: Annotated[int, typer.Option(min=0, help="Changed prompts to list in each direction.")] = 5,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with all pictures side by side.")
+    ] = None,
 ) -> None:
     """Paired differences on the same prompts and seeds: `flowopd-eval compare A B`, or one run of several models."""
     from rich.console import Console
@@ -261,6 +306,10 @@ def compare(
     if json_file:
         store.write_json(json_file, result.to_json())
         typer.echo(f"Written to {json_file}.")
+    if html_file:
+        from flowopd_eval.gallery import write_gallery
+
+        typer.echo(f"Written to {write_gallery(runs, html_file, across)}.")
 
 
 @app.command()
@@ -308,6 +357,38 @@ def benches() -> None:
     for bench in BENCHES:
         table.add_row(bench.flag, bench.objects, bench.key, str(bench.version), f"{bench.title}: {bench.about}")
     Console().print(table)
+
+
+@app.command()
+def doctor(
+    real: Annotated[
+        bool, typer.Option("--real", help="Also draw and judge a few pictures with the real models.")
+    ] = False,
+    save: Annotated[Path | None, typer.Option(metavar="FILE", help="Write everything as JSON.")] = None,
+    model: Annotated[str, typer.Option(help="Family that --real draws with.")] = "flow-opd",
+    bench: Annotated[str, typer.Option(help="Bench that --real judges by.")] = "geneval",
+    steps: StepsOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """What is installed, which judges work, what the Hub grants: each tried, not guessed."""
+    from rich.console import Console
+
+    from flowopd_eval import doctor as examining
+    from flowopd_eval.models import FAMILIES
+
+    if model not in FAMILIES:
+        raise RequestError(f"Unknown family {model!r}; known: {', '.join(FAMILIES)}.")
+    with _status("looking and trying"):
+        findings = examining.examine()
+    Console().print(examining.terminal_report(findings), crop=False)
+    proof = None
+    if real:
+        with _status(f"drawing with every member of {model}"):
+            proof = examining.evidence(model, bench, steps, _device(device))
+    if save:
+        examining.save(save, findings, proof)
+        typer.echo(f"Written to {save}. To enter it into the README's verification table, open an issue with it.")
+    examining.refuse_wrong(findings)
 
 
 @app.command()
@@ -368,25 +449,27 @@ def _weighted_source(text: str) -> tuple[str, float]:
 def _draw(settings: Settings, *, score: bool) -> None:
     from flowopd_eval import harness
     from flowopd_eval.benches import find_bench
-    from flowopd_eval.models import Backbone, resolve
+    from flowopd_eval.models import resolve
+    from flowopd_eval.others import open_models
 
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
+    device = _device(settings.device)
+    by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
+    opened = {base: open_models(base, mine, device, settings.dtype) for base, mine in by_base.items()}
     work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
     plans = [(spec, _bench_run(settings, bench, spec, score=score)) for spec, bench in work]
     shard = _shard(settings.shard)
     if settings.out is None and shard.count > 1:
         raise RequestError("Parts of one run need one folder: give --out DIR, the same for each part.")
     out = settings.out or _default_out(settings.benches, specs)
-    device = _device(settings.device)
     note = _note(specs)
-    for base in dict.fromkeys(spec.base for spec in specs):
-        mine = [spec for spec in specs if spec.base == base]
-        with _status(f"loading {', '.join(spec.name for spec in mine)}"):
-            backbone = Backbone(base, mine, device, settings.dtype)
-            backbone.pipeline  # noqa: B018  (loads)
+    for base in by_base:
+        models = opened.pop(base)  # one backbone in memory at a time
+        with _status(f"loading {', '.join(spec.name for spec in by_base[base])}"):
+            models.load()
         for spec, run in plans:
             if spec.base == base:
-                generator = backbone.generator(spec, _record(settings, spec))
+                generator = models.generator(spec, _record(settings, models.record(spec)))
                 with _progress() as progress:
                     harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
     if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
@@ -401,6 +484,8 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
     protocol = _protocol(bench, settings.protocol)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
+    for prompt in chosen:
+        bench.check(prompt)
     if settings.prompts and prompts_sha256(prompts) != prompts_sha256(bench.prompts()):
         partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
     default_batch = 16 if spec.record.width <= 128 else 4
@@ -409,12 +494,28 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         key=bench.key,
         version=bench.version,
         prompts=tuple(chosen),
-        scorer=bench.scorer(protocol) if score else None,
+        scorer=bench.scorer(protocol, settings.server) if score else None,
         samples=settings.samples or bench.samples,
         seed=settings.seed,
         batch_size=settings.batch_size or default_batch,
         partial=partial,
+        correct_at=bench.correct_at,
+        metrics=_metrics(bench),
     )
+
+
+def _metrics(bench: Bench) -> Metrics:
+    from flowopd_eval.harness import standard_metrics
+
+    return bench.metrics() if bench.metrics else standard_metrics
+
+
+def _server(url: str | None, model: str | None) -> JudgeServer | None:
+    from flowopd_eval.benches import VLM_JUDGE, JudgeServer
+
+    if url is None and model is not None:
+        raise RequestError(f"--judge-model {model} needs the server that has it: give --judge-url.")
+    return JudgeServer(url, model or VLM_JUDGE) if url else None
 
 
 def _protocol(bench: Bench, wanted: str | None) -> str:
@@ -448,9 +549,9 @@ def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> 
     return chosen, " ".join(why) or None
 
 
-def _record(settings: Settings, spec: ModelSpec) -> SamplingRecord:
+def _record(settings: Settings, record: SamplingRecord) -> SamplingRecord:
     changes: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
-    return replace(spec.record, **{name: value for name, value in changes.items() if value is not None})
+    return replace(record, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _default_out(flags: Sequence[str], specs: Sequence[ModelSpec]) -> Path:
@@ -541,9 +642,10 @@ def _conclude(out: Path) -> None:
 
     from flowopd_eval import report as reporting
     from flowopd_eval import store
+    from flowopd_eval.benches import BENCHES
     from flowopd_eval.models import REAL_MODEL_HELP
 
-    page = reporting.write_report(out)
+    page = reporting.write_report(out, {bench.key: _metrics(bench) for bench in BENCHES})
     summaries = json.loads((out / "summary.json").read_bytes())["models"]  # as the report has just written them
     Console().print(reporting.terminal_table(summaries))
     note = store.read_run(out)["note"]

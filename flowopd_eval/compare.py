@@ -567,11 +567,11 @@ def _needed(paired: _Paired, difference: float) -> int | None:
 def _sentence(paired: _Paired, difference: Interval, real: bool, needed: int | None) -> str:
     """What the difference comes to, in plain words."""
     points = paired.points
-    size = _number(abs(difference.value), points) + (" points" if points else "")
+    size = number(abs(difference.value), points) + (" points" if points else "")
     how = f"{size} {'higher than' if difference.value > 0 else 'lower than'}"
     if abs(difference.value) <= _ROUNDING:
         how = "the same as"
-    low, high = (_number(end, points) for end in (difference.low, difference.high))
+    low, high = (number(end, points) for end in (difference.low, difference.high))
     units = "" if points else ", in the metric's own units"
     key = paired.a.request["key"]
     begin = f"{paired.b.label} scores {how} {paired.a.label} on {key} (95 % interval {low} to {high}{units})"
@@ -670,8 +670,8 @@ def _table(comparison: Comparison) -> Table:
         table.add_column(column, justify="right")
     for row in (comparison.overall, *comparison.tasks):
         name = "overall" if row is comparison.overall else f"  {_shown(row.name)}"
-        low, high = (_number(end, points) for end in (row.difference.low, row.difference.high))
-        cells = [_number(row.a.value, points), _number(row.b.value, points), _signed(row.difference.value, points)]
+        low, high = (number(end, points) for end in (row.difference.low, row.difference.high))
+        cells = [number(row.a.value, points), number(row.b.value, points), signed(row.difference.value, points)]
         style = "bold" if row is comparison.overall else ""
         table.add_row(Text(name), *cells, f"{low} to {high}", f"{row.prompts:,}", style=style)
     return table
@@ -698,12 +698,12 @@ def _change_lines(comparison: Comparison, show: int) -> list[str]:
             lines.append(f"{name} in B ({min(show, len(changes)):,} of {len(changes):,}):")
         for change in changes[:show]:
             pair = change.telling
-            scores = f"{_number(change.a, comparison.points)} -> {_number(change.b, comparison.points)}"
+            scores = f"{number(change.a, comparison.points)} -> {number(change.b, comparison.points)}"
             lines += [f"  {scores}  {change.prompt} ({change.task})", f"    A {pair.a_file}", f"    B {pair.b_file}"]
     return lines
 
 
-def _number(value: float, points: bool) -> str:
+def number(value: float, points: bool) -> str:
     """In points with one decimal, else with three; more where a difference would otherwise look like none."""
     scaled, decimals = (100 * value, 1) if points else (value, 3)
     if abs(scaled) <= _ROUNDING:
@@ -711,8 +711,9 @@ def _number(value: float, points: bool) -> str:
     return f"{scaled:.{decimals}f}" if abs(scaled) >= 10**-decimals else f"{scaled:.2g}"
 
 
-def _signed(value: float, points: bool) -> str:
-    return ("+" if value > _ROUNDING else "") + _number(value, points)
+def signed(value: float, points: bool) -> str:
+    """As :func:`number`, with a plus sign above zero."""
+    return ("+" if value > _ROUNDING else "") + number(value, points)
 
 
 def _shown(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRecord
+from flowopd_eval.userfile import is_userfile
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -116,6 +117,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
+ANYTHING = "anything"  # what a model draws of which nothing is known
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class ModelSpec:
 
 
 def resolve(name: str, lora: str | None = None) -> ModelSpec:
-    """The model that goes by ``name``: ``family``, ``family:member``, a folder, or ``hub:REPO@REVISION``.
+    """The model that goes by ``name``: ``family[:member]``, a folder, ``hub:REPO@REVISION``, or ``FILE.py:NAME``.
 
     Raises:
         RequestError: no such family, member or folder.
@@ -161,14 +163,13 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
             family.objects,
             family.about if member.adapter is None else member.about,
         )
-    if name.startswith("hub:") or Path(name).is_dir():
+    if name.startswith("hub:") or Path(name).is_dir() or is_userfile(name):
         label = f"{name}+{Path(lora).name}" if lora else name
-        return ModelSpec(
-            Path(label).name if Path(name).is_dir() else label, name, lora, _record_of(name), "coco", label
-        )
+        short = label if name.startswith("hub:") else Path(label).name
+        return ModelSpec(short, name, lora, SD35_RECORD if is_userfile(name) else _record_of(name), ANYTHING, label)
     raise RequestError(
-        f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION. "
-        "`flowopd-eval models` lists the known names."
+        f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION, "
+        "nor a function FILE.py:NAME. `flowopd-eval models` lists the known names."
     )
 
 
@@ -252,6 +253,14 @@ class Backbone:
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
+
+    def load(self) -> None:
+        """Have everything in memory."""
+        self.pipeline  # noqa: B018  (loads)
+
+    def record(self, spec: ModelSpec) -> SamplingRecord:
+        """The record ``spec`` is drawn with unless told otherwise."""
+        return spec.record
 
     def generator(self, spec: ModelSpec, record: SamplingRecord) -> ModelGenerator:
         """What draws with ``spec`` by ``record``."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.fetched import Source
 from flowopd_eval.records import Prompt
 
 if TYPE_CHECKING:
@@ -83,6 +84,23 @@ def read_prompts(path: str | Path, task: str = "preference") -> list[Prompt]:
         identity = prompt.id or _content_id(prompt)
         prompts[identity] = replace(prompt, id=identity)
     return list(prompts.values())
+
+
+# The 1,018 prompts of Flow-GRPO's and Flow-OPD's OCR evaluation (the two repositories hold the same file).
+OCR_SOURCE = Source(
+    "flow_grpo_ocr_test.txt",
+    "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/ocr/test.txt",
+    "4dd8caf3ab6ade73bd376c7d14c6ca49b6eacfb1bd321e22c40714ae4a98d4dc",
+)
+
+
+def ocr_prompts(folder: Path | None = None, source: Source = OCR_SOURCE) -> list[Prompt]:
+    """The public OCR prompts, task ``ocr``: fetched from their source, checked and cached once.
+
+    Raises:
+        RequestError: as :meth:`flowopd_eval.fetched.Source.path`.
+    """
+    return read_prompts(source.path(folder), task="ocr")
 
 
 def _json_line(line: str, place: str) -> Prompt:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
@@ -110,7 +110,8 @@ def terminal_table(summaries: Summaries) -> Group:
         for summary in benches.values()
         if summary["partial"]
     ]
-    explained = _text("\n".join(["bold: mean over tasks; all: ± half of the 95 % interval", *partial]))
+    legend = "bold: overall (mean over tasks, or what the protocol says); all: ± half of the 95 % interval"
+    explained = _text("\n".join([legend, *partial]))
     explained.stylize("dim italic")
     return Group(table, explained)
 
@@ -139,20 +140,11 @@ def _in_order(names: Iterator[str]) -> list[str]:
 
 def write_report(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Path:
     """Write ``OUT/report.html`` (and every summary); returns its path. Raises as ``load_run``, and ``WorkError``."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     summarise_run(out, metrics)
     run = load_run(out, metrics)
-    environment = Environment(
-        loader=PackageLoader("flowopd_eval", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["sha256"] = _sha256_source
-    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.3f}"
-    page = environment.get_template("report.html.j2").render(
+    page = render_page(
+        "report.html.j2",
+        {"number": lambda value: "–" if value is None else f"{value:.3f}"},
         note=run.note,
         models=_in_order(entry.summary["model"] for entry in run.entries),
         benches=[_bench(entries) for entries in _by_bench(run.entries)],
@@ -163,8 +155,23 @@ def write_report(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Pat
         verdicts=_VERDICTS,
     )
     path = out / "report.html"
-    store.write_atomic(path, page.encode(errors="replace"))  # half a surrogate pair
+    store.write_atomic(path, page)
     return path
+
+
+def render_page(template: str, filters: Mapping[str, Callable[..., str]], **values: Any) -> bytes:
+    """A page of this package's templates, everything escaped; ``filters`` are the template's own, by name."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("flowopd_eval", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"sha256": _sha256_source, **filters}
+    return environment.get_template(template).render(values).encode(errors="replace")  # half a surrogate pair
 
 
 def _sha256_source(script: str) -> str:
@@ -185,6 +192,8 @@ def _bench(entries: Sequence[Entry]) -> dict[str, Any]:
         rows.append((task, [s["metrics"]["tasks"].get(task) for s in summaries]))
     extra = [("mean over pictures", [s["metrics"]["images"] for s in summaries])]
     extra.append(("prompts with any right picture", [s["metrics"].get("prompts_any") for s in summaries]))
+    for name in _in_order(name for s in summaries for name in s["metrics"].get("also", {})):
+        extra.append((name, [s["metrics"].get("also", {}).get(name) for s in summaries]))
     shares = summaries[0]["correct_at"] is not None
     axis = _axis([cell for _, cells in rows for cell in cells if cell], shares)
     return {

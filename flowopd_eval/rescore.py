@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -127,12 +128,16 @@ def _judge_rest(
 def _judge_files(
     folder: BenchFolder, scorer: Scorer, samples: Sequence[Sample], prompts: Sequence[Prompt]
 ) -> list[Sample]:
-    """Judge pictures from their files; one that cannot be read is unscored."""
+    """Judge pictures from their files; one that cannot be read, or is another than on record, is unscored."""
     result = list(samples)
     readable, images = [], []
     for position, sample in enumerate(samples):
+        path = folder.picture(sample.file)
         try:
-            images.append(store.read_picture(folder.picture(sample.file)))
+            if store.file_sha256(path) not in (None, sample.sha256):
+                result[position] = scored(sample, Score(None, error="the picture is not the one on record"))
+                continue
+            images.append(store.read_picture(path))
             readable.append(position)
         except (OSError, ValueError, SyntaxError) as error:
             unreadable = Score(None, error=f"the picture cannot be read ({type(error).__name__})")
@@ -147,7 +152,8 @@ def import_geneval(source: Path, out: Path, run: BenchRun, *, model: str, note: 
     """Copy pictures that lie in GenEval's layout into a run, unscored: ``rescore`` then judges them.
 
     ``source`` holds ``NNNNN/metadata.jsonl`` (one GenEval record) and ``NNNNN/samples/<digits>.png``, as the official
-    evaluation reads them. ``run`` says which bench they belong to; prompts and number of pictures are the folder's.
+    evaluation reads them. ``run`` says which bench they belong to, with all of its prompts: a folder that answers
+    others, or not all, is partial. Prompts and number of pictures are the folder's.
     The same pictures again are left as they are, with their scores. Raises ``RequestError`` when there are none.
     """
     found = _geneval_folders(source)
@@ -155,6 +161,7 @@ def import_geneval(source: Path, out: Path, run: BenchRun, *, model: str, note: 
         raise RequestError(f"{source} has no pictures in GenEval's layout (NNNNN/metadata.jsonl, NNNNN/samples/*.png).")
     run = replace(
         run,
+        partial=_partial(run.prompts, [prompt for prompt, _ in found]),
         prompts=tuple(prompt for prompt, _ in found),
         samples=max(len(files) for _, files in found),
         seed=UNKNOWN_SEED,
@@ -181,6 +188,15 @@ def import_geneval(source: Path, out: Path, run: BenchRun, *, model: str, note: 
             lines = [store.json_line(sample.to_json()) for sample in copies.values()]
             store.write_atomic(folder.samples, b"".join(lines))
     return folder
+
+
+def _partial(bench: Sequence[Prompt], found: Sequence[Prompt]) -> str | None:
+    """Why the folder is not the whole bench, or None."""
+    wanted, there = (Counter((prompt.task, prompt.prompt) for prompt in prompts) for prompts in (bench, found))
+    lacking, other = (wanted - there).total(), (there - wanted).total()
+    if lacking or other:
+        return f"the folder lacks {lacking} of the bench's {len(bench)} prompts and has {other} others"
+    return None
 
 
 def _geneval_folders(source: Path) -> list[tuple[Prompt, list[Path]]]:

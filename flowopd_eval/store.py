@@ -22,6 +22,7 @@ import os
 import platform
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from flowopd_eval.records import Prompt, Sample
 SCHEMA = 1
 _PACKAGES = ("flowopd-eval", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 _MOST_PICTURES = 10_000_000  # a run from elsewhere may ask for a plan that fills the memory
+_MOST_PIXELS = 64_000_000  # of a picture
 _REQUEST: dict[str, type] = {
     "model": str,
     "bench": str,
@@ -107,9 +109,21 @@ def write_picture(path: Path, picture: Image.Image) -> str:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """The picture in ``path``, upright and RGB. Raises what Pillow raises when there is none to be read."""
-    with Image.open(path) as picture:
-        return ImageOps.exif_transpose(picture).convert("RGB")
+    """The picture in ``path``, upright and RGB.
+
+    Raises what Pillow raises when there is none to be read, and ``ValueError`` for one of more than 64 million pixels,
+    which a small file may hold and which would fill the memory.
+    """
+    bombs = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if picture.width * picture.height > _MOST_PIXELS:
+                    raise ValueError(f"{path.name} has {picture.width} x {picture.height} pixels")
+                return ImageOps.exif_transpose(picture).convert("RGB")
+    except bombs as error:
+        raise ValueError(f"{path.name} has too many pixels") from error
 
 
 def file_sha256(path: Path) -> str | None:

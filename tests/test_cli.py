@@ -216,14 +216,16 @@ def test_killed_five_times_the_miniature_ends_with_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_a_launch_make_one_run(tmp_path):
-    pytest.importorskip("accelerate")
     words = ["-m", "flowopd_eval", "--bench", "geneval", "--limit", "2", "--steps", "2"]
     alone = [sys.executable, *words, "--out", str(tmp_path / "alone")]
     subprocess.run(alone, check=True, stderr=subprocess.DEVNULL)
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *words]
+    # what `accelerate launch` starts where there are several cards; without any it would start one process
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
     result = subprocess.run([*launch, "--out", str(tmp_path / "both")], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Report:") == 1
     for name in ("samples.jsonl", "summary.json"):
         files = [tmp_path / run / "tiny-base" / "geneval" / name for run in ("alone", "both")]
         assert files[0].read_bytes() == files[1].read_bytes()
+    sessions = json.loads((tmp_path / "both" / "run.json").read_text())["runs"]["tiny-base/geneval"]["sessions"]
+    assert sorted(session["work"] for session in sessions) == ["draw 0/2", "draw 1/2"]

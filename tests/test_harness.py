@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +65,19 @@ def whole(tmp_path_factory):
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / ENTRY / "samples.jsonl").read_text().splitlines()]
+
+
+def png_that_claims(side: int) -> bytes:
+    """A PNG of some hundred bytes whose header promises ``side`` x ``side`` pixels."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    body = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 # ------------------------------------------------------------------------------------------------------ what is kept
@@ -500,7 +516,7 @@ def test_judging_that_was_stopped_keeps_the_old_scores_and_continues(tmp_path):
 
 def test_a_picture_that_cannot_be_read_is_unscored(tmp_path):
     run_bench(RUN, Painter(), tmp_path)
-    (tmp_path / ENTRY / "samples/00000-00.png").write_bytes(b"not a picture")
+    replace_picture(tmp_path, 0, b"not a picture", recorded=True)
     (tmp_path / ENTRY / "samples/00000-01.png").unlink()
     summary = rescore(BenchFolder(tmp_path, ENTRY), Judge(2))
     assert summary["unscored"] == 2
@@ -526,7 +542,9 @@ def test_pictures_in_geneval_s_layout_are_judged_where_they_were_copied(tmp_path
     folder = import_geneval(source, tmp_path / "out", RUN, model="theirs")
     summary = rescore(folder, Judge())
     assert (summary["n"], summary["expected"]) == (8, 9)
-    assert summary["partial"] == "1 of 9 pictures are not drawn yet"
+    assert summary["partial"] == (
+        "the folder lacks 7 of the bench's 10 prompts and has 0 others; 1 of 9 pictures are not drawn yet"
+    )
     sample = store.read_samples(folder.samples)[3]
     assert (sample.id, sample.k, sample.task, sample.prompt) == ("00001", 0, "colors", "a photo of 1 cats")
     assert (folder.path / sample.file).read_bytes() == (source / "00001/samples/0000.png").read_bytes()
@@ -598,3 +616,32 @@ def test_models_become_folders_that_every_system_and_link_takes():
     assert store.folder_name("tiny:base") == "tiny-base"
     assert store.folder_name("hub:a/b@main") == "hub-a-b-main"
     assert store.folder_name("../..") == "model"
+
+
+def replace_picture(out: Path, place: int, data: bytes, *, recorded: bool) -> dict:
+    """Put other bytes in a picture's place; ``recorded``: as if they had been there from the start."""
+    found = lines(out)
+    (out / ENTRY / found[place]["file"]).write_bytes(data)
+    if recorded:
+        found[place]["sha256"] = hashlib.sha256(data).hexdigest()
+        (out / ENTRY / "samples.jsonl").write_bytes(b"".join(map(store.json_line, found)))
+    return found[place]
+
+
+@pytest.mark.parametrize("side", [9_000, 12_000, 60_000])
+def test_a_picture_bomb_is_unscored_and_the_others_are_judged(side, tmp_path):
+    """Under Pillow's warning, between its warning and its error, and above both."""
+    run_bench(RUN, Painter(), tmp_path)
+    bomb = replace_picture(tmp_path, 3, png_that_claims(side), recorded=True)
+    assert rescore(BenchFolder(tmp_path, ENTRY), Judge(version=2))["unscored"] == 1
+    found = lines(tmp_path)[3]
+    assert (found["id"], found["score"]) == (bomb["id"], None)
+    assert "cannot be read (ValueError)" in found["error"]
+
+
+def test_a_picture_that_is_not_the_one_on_record_is_not_judged(tmp_path):
+    run_bench(RUN, Painter(), tmp_path)
+    other = (tmp_path / ENTRY / lines(tmp_path)[0]["file"]).read_bytes()
+    replace_picture(tmp_path, 3, other, recorded=False)
+    assert rescore(BenchFolder(tmp_path, ENTRY), Judge(version=2))["unscored"] == 1
+    assert lines(tmp_path)[3]["error"] == "the picture is not the one on record"

@@ -1,5 +1,7 @@
 """The OCR rule against an independent edit distance, and the engine on signs it can read."""
 
+import hashlib
+import json
 import re
 
 import numpy as np
@@ -7,13 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from test_cli import command
 
-from flowopd_eval.benches import OCR_SIDE
+from flowopd_eval.benches import OCR_SIDE, find_bench
 from flowopd_eval.errors import RequestError
+from flowopd_eval.fetched import Source
+from flowopd_eval.prompts import ocr_prompts
 from flowopd_eval.records import Prompt
-from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine, levenshtein, ocr_reward, target_text
+from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine, error_rate, levenshtein, ocr_reward, target_text
 from flowopd_eval.tiny.scenes import draw_scene, sample_scene
 
+__all__ = ["command"]
 SHORT = st.text("ab C!", max_size=7)
 
 
@@ -77,6 +83,57 @@ def test_clean_signs_are_read_and_wrong_ones_are_told():
     assert wrong.value is not None
     assert wrong.value < 0.5
     assert "XYZXYZXYZ" in wrong.reason
+
+
+@given(SHORT, SHORT.filter(lambda t: t.replace(" ", "")))
+def test_the_error_rate_has_no_cap_and_forgives_nothing_around_the_target(recognised, target):
+    found, wanted = (text.replace(" ", "").lower() for text in (recognised, target))
+    assert error_rate(recognised, target) == slow_distance(found, wanted) / len(wanted)
+    assert error_rate("abc" * 5, "abc") == 4.0
+
+
+def test_exact_match_and_error_rate_stand_beside_the_rule():
+    class Reader:
+        def __init__(self, texts):
+            self.texts = iter(texts)
+
+        def identity(self):
+            return {"engine": "given"}
+
+        def read(self, image):
+            return next(self.texts)
+
+    prompts = [Prompt(str(n), 'a sign that says "CAT"', "ocr") for n in range(3)]
+    scores = OCRScorer(Reader(["cat", "thecats", "car"])).score([Image.new("RGB", (8, 8))] * 3, prompts)
+    assert [score.value for score in scores] == [1.0, 1.0, pytest.approx(2 / 3)]
+    assert [score.detail["also"]["exact_match"] for score in scores] == [1.0, 0.0, 0.0]
+    assert [score.detail["also"]["cer"] for score in scores] == pytest.approx([0.0, 4 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("bench", "prompt"),
+    [("ocr", {"prompt": "a sign without words", "task": "ocr"}), ("geneval", {"prompt": "a cat", "task": "colors"})],
+)
+def test_a_prompt_that_nobody_could_judge_is_refused_before_anything_is_drawn(bench, prompt, tmp_path, command):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"id": "p", **prompt}))
+    code, _, errors = command("--bench", bench, "--prompts", file, "--out", tmp_path / "run")
+    assert code == 2
+    assert prompt["prompt"] in errors or "'p'" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_public_prompts_are_fetched_once_and_become_prompts(tmp_path):
+    """From a file: URL, as the checksum and not the way decides; each line quotes one text."""
+    lines = b'A board that says "One"\nA cup with "Two words" on it\n'
+    (tmp_path / "there.txt").write_bytes(lines)
+    source = Source("ocr.txt", (tmp_path / "there.txt").as_uri(), hashlib.sha256(lines).hexdigest())
+    prompts = ocr_prompts(tmp_path / "cache", source)
+    assert [(prompt.task, target_text(prompt.prompt)) for prompt in prompts] == [("ocr", "One"), ("ocr", "Two words")]
+    assert (tmp_path / "cache" / "ocr.txt").read_bytes() == lines
+    (tmp_path / "there.txt").unlink()
+    assert ocr_prompts(tmp_path / "cache", source) == prompts
+    assert find_bench("ocr", "coco").key == "ocr"
 
 
 def test_a_blank_picture_reads_as_nothing():

@@ -291,8 +291,8 @@ def test_rewards_of_a_users_file_are_weighted_by_task_and_a_failed_judgement_is_
         ("sharpness", "Unknown reward 'sharpness'; expected one of partial_credit, .*ocr, .*or FILE.py:Class"),
         ("{folder}/rewards.py", "Unknown reward"),
         ("{folder}/dim.py:Bright", "there is no file .*dim.py"),
-        ("{folder}/rewards.py:Smile", r"rewards\.py has no class Smile"),
-        ("{folder}/rewards.py:Mute", "Mute has no method `score`"),
+        ("{folder}/rewards.py:Smile", r"rewards\.py has no Smile"),
+        ("{folder}/rewards.py:Mute", "Mute' has no method `score`"),
     ],
 )
 def test_a_reward_that_is_none_is_named(name, message, tiny):

@@ -352,8 +352,9 @@ def by_fork(tiny, kind, out, changes):
 
 def by_command(tiny, kind, out, changes):
     recipe = tiny.write(out / "recipe.toml", STAGES[kind][0], out, **(STAGES[kind][2] | changes))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    subprocess.run([*launch, "-m", "training", str(recipe)], cwd=ROOT, check=True, timeout=120)
+    # what `accelerate launch` starts where there are several cards; without any it would start one process
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "training", str(recipe)]
+    subprocess.run(launch, cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,7 @@ def test_two_processes_make_the_update_of_one(kind, launch, changes, tiny, tmp_p
     # eps: no division by rounding errors
     changes = changes | {"batch_size": 8, "optimizer": {"learning_rate": 1e-2, "ema_every": 1, "eps": 1e-4}}
     launch(tiny, kind, tmp_path / "two", changes)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     run(tiny, kind, tmp_path / "one", **changes)
     one, two = (read_adapter(tmp_path / n / "adapter").factors for n in ("one", "two"))
     one, two = (torch.cat([(f[name].B @ f[name].A).flatten() for name in sorted(f)]) for f in (one, two))

@@ -81,6 +81,12 @@ def run(config: Config, resume: bool) -> None:
             from training.coldstart import merge
 
         print(f"The adapter is in {merge(config, out)}.")
+    elif isinstance(config, DistillConfig) and config.parameters == "full":
+        with quiet_libraries():
+            from training.sharded import train_full
+
+            stage = _stage(config)
+        print(f"The transformer is in {train_full(config, stage, out, resume=resume)}.")
     else:
         with quiet_libraries():
             from training.loop import train

@@ -226,6 +226,9 @@ class DistillConfig(_Trained):
 
     stage: Literal["distill"]
     objective: Literal["direct", "ode", "policy_gradient"] = "direct"
+    parameters: Literal["lora", "full"] = Field(
+        "lora", description="full: all of the student's weights, sharded over the processes (see training.sharded)."
+    )
     kl_weight: Literal["transition", "flow-opd-code", "velocity", "euler"] = "transition"
     group_size: int = Field(1, gt=0, description="Samples a prompt; policy_gradient needs two or more.")
     advantage: Literal["leave_one_out", "normalised"] = Field("leave_one_out", description="policy_gradient only.")

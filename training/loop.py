@@ -49,6 +49,7 @@ FREE = {
     "trackers",
     "cache",
     "patience",
+    "parameters",  # runs of adapters and of all weights have checkpoints of different kinds
 }
 SCHEMA = 1
 T = TypeVar("T")
@@ -152,7 +153,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     )
     parallel = Parallel(accelerator)
     stage = make(config, policies, mixture, parallel)
-    identity = _identity(config, policies, prompts, stage)
+    identity = run_identity(config, policies, prompts, stage)
 
     parameters = [p for p in policies.bank.parameters() if p.requires_grad]
     o = config.optimizer
@@ -165,7 +166,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         raise RequestError(f"--resume: {out} holds no checkpoint to go on from.")
     first = 0
     if state is not None:
-        _check_identity(state["identity"], identity, out)
+        check_identity(state["identity"], identity, out)
         policies.bank.load_state_dict(state["bank"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -177,7 +178,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             raise RequestError(
                 f"{out} has done {first} steps, and steps = {config.steps}; give another `out`, or more."
             )
-    shown = _shown(config, prompts)
+    shown = strip_texts(config, prompts)
     texts = list(dict.fromkeys([*(sample.prompt.prompt for sample in stage.needed(first)), *shown]))
     policies.prepare_text(texts[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
@@ -197,7 +198,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     started = last_save = time.monotonic()
     if accelerator.is_main_process:
         (out / "recipe.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
-    with _signals() as stopped, log:
+    with catch_signals() as stopped, log:
         for step in range(first, config.steps):
             began = time.monotonic()
             shown_means: dict[str, float] = {}
@@ -221,7 +222,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             log.step(step + 1, shown_means | pace | {"learning_rate": scheduler.get_last_lr()[0]})
             done = step + 1 == config.steps
             if config.strip_every and accelerator.is_main_process and ((step + 1) % config.strip_every == 0 or done):
-                strip, students = draw_strip(policies, shown, _routes(config, prompts, shown), config.seed)
+                strip, students = draw_strip(policies, shown, routes_of(config, prompts, shown), config.seed)
                 strip.save(out / f"strip_{step + 1:06d}.png")
                 alarms.noise(step, students)
             if config.snapshot_every and accelerator.is_main_process and (step + 1) % config.snapshot_every == 0:
@@ -235,7 +236,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
         run = {"identity": identity, "steps": config.steps, "samples": config.steps * config.batch_size}
-        run |= {"seconds_of_this_process": round(seconds, 1), "first_step": first, **provenance()}
+        run |= {"processes": accelerator.num_processes, "seconds_of_this_process": round(seconds, 1)}
+        run |= {"first_step": first, **provenance()}
         (out / "run.json").write_text(json.dumps(run, indent=2) + "\n")
     accelerator.end_training()
     return out / "adapter"
@@ -284,7 +286,7 @@ def check_processes(config: Trained, processes: int) -> None:
         )
 
 
-def _identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
+def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
     """Everything that decides the weights, as plain JSON."""
     identity = {
         "recipe": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE},
@@ -296,7 +298,7 @@ def _identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts
     return json.loads(json.dumps(identity))
 
 
-def _check_identity(there: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     found = differences(there, now)
     if found:
         raise RequestError(
@@ -306,14 +308,14 @@ def _check_identity(there: Mapping[str, Any], now: Mapping[str, Any], out: Path)
         )
 
 
-def _shown(config: Trained, prompts: Mapping[str, Prompts]) -> list[str]:
+def strip_texts(config: Trained, prompts: Mapping[str, Prompts]) -> list[str]:
     """The prompts of the strips: of each task in turn, held-out ones where there are any."""
     pools = [p.held_out or p.training for p in prompts.values()]
     picked = [pool[n * len(pool) // config.strip_prompts] for n in range(config.strip_prompts) for pool in pools]
     return list(dict.fromkeys(prompt.prompt for prompt in picked))[: config.strip_prompts]
 
 
-def _routes(config: Trained, prompts: Mapping[str, Prompts], shown: Sequence[str]) -> list[str | None]:
+def routes_of(config: Trained, prompts: Mapping[str, Prompts], shown: Sequence[str]) -> list[str | None]:
     """Name of the teacher of each shown prompt."""
     task_of = {
         p.prompt: task for task in config.tasks for p in prompts[task.name].held_out or prompts[task.name].training
@@ -322,7 +324,7 @@ def _routes(config: Trained, prompts: Mapping[str, Prompts], shown: Sequence[str
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def catch_signals() -> Iterator[list[int]]:
     """SIGTERM and Ctrl-C end the run after the step at hand; a second Ctrl-C at once."""
     received: list[int] = []
 

@@ -61,7 +61,7 @@ def guided(
     return guided_velocity(uncond, cond, scale)
 
 
-def _inputs(x: Tensor, sigma: Tensor, text: Text) -> dict[str, Any]:
+def transformer_inputs(x: Tensor, sigma: Tensor, text: Text) -> dict[str, Any]:
     """The arguments of an SD3 transformer's forward; ``sigma`` () or (B,)."""
     return {
         "hidden_states": x.to(text.states.dtype),
@@ -200,13 +200,13 @@ class Policies:
         model = self.model if torch.is_grad_enabled() else self.bank
 
         def forward(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
-            return model(STUDENT, **_inputs(x, sigma, text))[0]
+            return model(STUDENT, **transformer_inputs(x, sigma, text))[0]
 
         return guided(forward, x, sigma, *conditions.at(self.record.text_length), guidance)
 
     def student_velocity(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
         """The student's velocity without guidance, for embeddings at hand; ``sigma`` () or (B,)."""
-        return self.model(STUDENT, **_inputs(x, sigma, text))[0]
+        return self.model(STUDENT, **transformer_inputs(x, sigma, text))[0]
 
     @torch.no_grad()
     def frozen(self, experts: Sequence[Expert], x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
@@ -229,11 +229,11 @@ class Policies:
     def _forward(self, experts: Sequence[Expert]) -> Callable[[Tensor, Tensor, Text], Tensor]:
         whole = experts[0].transformer
         if whole is not None:
-            return lambda x, sigma, text: whole(**_inputs(x, sigma, text))[0]
+            return lambda x, sigma, text: whole(**transformer_inputs(x, sigma, text))[0]
 
         def forward(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
             with self.bank.use([expert.adapter for expert in experts]):
-                return self.transformer(**_inputs(x, sigma, text))[0]
+                return self.transformer(**transformer_inputs(x, sigma, text))[0]
 
         return forward
 

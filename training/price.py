@@ -500,6 +500,9 @@ def print_price(config: Config, speed: float | None = None) -> None:
     if not isinstance(config, Trained):
         print(f"Stage {config.stage!r} trains no adapter on a frozen backbone: there is nothing to price.")
         return
+    if isinstance(config, DistillConfig) and config.parameters == "full":
+        print("parameters = 'full': the memory of weights and optimiser is said when the run starts; no price before.")
+        return
     found = price(config)
     console = Console()
     for part in (_memory_table(found), _memory_words(found), _work_table(found), _work_words(found, speed)):

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,6 +12,7 @@ from PIL import Image
 from flowopd_eval.benches import OCR_SIDE, bench_by_key
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.records import Prompt, Scorer
+from flowopd_eval.userfile import is_userfile, load_attribute
 from training.config import Task
 from training.data import Sample
 
@@ -51,24 +49,13 @@ def load_reward(name: str) -> Scorer:
     """
     if name in REWARDS:
         return REWARDS[name]()
-    file, separator, attribute = name.rpartition(":")
-    if not separator or not file.endswith(".py"):
+    if not is_userfile(name):
         raise RequestError(f"Unknown reward {name!r}; expected one of {', '.join(REWARDS)}, or FILE.py:Class.")
-    spec = importlib.util.spec_from_file_location(f"reward_{Path(file).stem}", file)
-    if spec is None or spec.loader is None or not Path(file).is_file():
-        raise RequestError(f"Reward {name!r}: there is no file {file}.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses and pickle look for it
-    spec.loader.exec_module(module)
-    made = getattr(module, attribute, None)
-    if made is None:
-        raise RequestError(f"Reward {name!r}: {file} has no class {attribute}.")
+    made, _ = load_attribute(name)
     scorer = made()
     for method in ("score", "identity"):
         if not callable(getattr(scorer, method, None)):
-            raise RequestError(
-                f"Reward {name!r}: {attribute} has no method `{method}`; see flowopd_eval.records.Scorer."
-            )
+            raise RequestError(f"Reward {name!r} has no method `{method}`; see flowopd_eval.records.Scorer.")
     return scorer
 
 

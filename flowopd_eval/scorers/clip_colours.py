@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flowopd_eval.download import fetch_files
 from flowopd_eval.prompts import GENEVAL_COLOURS
 from flowopd_eval.scorers.mask2former import MaskedDetection
 
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-REPOSITORY = "openai/clip-vit-large-patch14"
+SOURCE = "hub:openai/clip-vit-large-patch14@32bd64288804d66eefd0ccbe215aa642df71cc41"
+_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
 TEMPLATES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 GREY = (153, 153, 153)
 SIDE = 224
@@ -61,12 +64,12 @@ class ClipColours:
     """The colours of detected objects (:class:`flowopd_eval.scorers.mask2former.ColourClassifier`).
 
     Args:
-        source: a repository of the Hub or a folder with a CLIP model and its tokenizer.
+        source: ``hub:REPO@REVISION`` or a folder with a CLIP model and its tokenizer.
         device: where it runs.
         batch: crops at a time, whatever picture they come from.
     """
 
-    def __init__(self, source: str = REPOSITORY, device: str = "cpu", batch: int = 32) -> None:
+    def __init__(self, source: str = SOURCE, device: str = "cpu", batch: int = 32) -> None:
         self.source, self.device, self.batch = source, device, batch
         self._classes: dict[str, torch.Tensor] = {}
 
@@ -75,17 +78,25 @@ class ClipColours:
         """The CLIP model."""
         from transformers import CLIPModel
 
-        return CLIPModel.from_pretrained(self.source).to(self.device).eval()
+        return CLIPModel.from_pretrained(self._folder, use_safetensors=True).to(self.device).eval()
 
     @cached_property
     def _tokenizer(self) -> Any:
         from transformers import CLIPTokenizer
 
-        return CLIPTokenizer.from_pretrained(self.source)
+        return CLIPTokenizer.from_pretrained(self._folder)
+
+    @cached_property
+    def _folder(self) -> Path:
+        """Raises ``RequestError`` when the Hub's files cannot be had."""
+        return fetch_files(self.source, _FILES)[0] if self.source.startswith("hub:") else Path(self.source)
 
     def identity(self) -> Mapping[str, Any]:
-        """The model's repository and the commit that was loaded."""
-        return {"model": self.source, "commit": getattr(self.model.config, "_commit_hash", None)}
+        """Where the model comes from, and the hash of its weights."""
+        import hashlib
+
+        with (self._folder / "model.safetensors").open("rb") as file:
+            return {"model": self.source, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def directions(self, name: str) -> torch.Tensor:
         """The text direction (10, width) of each colour for objects called ``name``, computed once."""

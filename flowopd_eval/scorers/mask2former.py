@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flowopd_eval.errors import RequestError
+from flowopd_eval.fetched import cache_folder
 from flowopd_eval.prompts import COCO_CLASSES
 from flowopd_eval.records import Detection
 from flowopd_eval.scorers.geneval import OFFICIAL
@@ -236,11 +237,6 @@ def _reordered(value: torch.Tensor) -> torch.Tensor:
     """
     by_pixel = value.unflatten(-1, (-1, 4)).transpose(-1, -2)  # (..., pixel, channel)
     return by_pixel[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
-
-
-def cache_folder() -> Path:
-    """Where converted weights lie: ``FLOWOPD_CACHE``, or ``~/.cache/flowopd-eval``."""
-    return Path(os.environ.get("FLOWOPD_CACHE", Path.home() / ".cache" / "flowopd-eval"))
 
 
 def official_weights(folder: Path | None = None, url: str = CHECKPOINT_URL) -> Path:

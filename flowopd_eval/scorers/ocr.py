@@ -49,6 +49,12 @@ def ocr_reward(recognised: str, target: str) -> float:
     return 1.0 - min(levenshtein(found, wanted), len(wanted)) / len(wanted)
 
 
+def error_rate(recognised: str, target: str) -> float:
+    """Character error rate of the normal forms, 0 and up: the distance is not capped and nothing else is forgiven."""
+    found, wanted = normalise(recognised), normalise(target)
+    return levenshtein(found, wanted) / len(wanted)
+
+
 class RapidOCREngine:
     """``rapidocr`` with the PP-OCRv6 models its wheel ships: no network, no torch.
 
@@ -115,6 +121,6 @@ class OCRScorer:
         except (RuntimeError, ValueError, OSError) as error:
             return Score(None, error=f"{type(error).__name__}: {error}")
         value = ocr_reward(recognised, target)
-        exact = normalise(recognised) == normalise(target)
-        detail = {"target": target, "recognised": recognised, "exact": exact}
+        also = {"exact_match": float(normalise(recognised) == normalise(target)), "cer": error_rate(recognised, target)}
+        detail = {"target": target, "recognised": recognised, "also": also}
         return Score(value, "" if value == 1 else f'reads "{recognised}", not "{target}"', detail)

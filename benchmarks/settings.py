@@ -1,0 +1,103 @@
+"""The settings of the arms of ``benchmarks.table2``, chosen on development prompts by a rule.
+
+    python -m benchmarks.settings [grpo] [opd]
+
+The rule, written before any candidate was trained:
+
+1. *GRPO's learning rate* (teachers and GRPO-Mix) is one of 3e-4, 1e-3, 3e-3. Each trains the recipe of the GenEval
+   teacher for 30 steps (2,880 rollouts) at seed 0. The one with the highest ``shapes_geneval`` on the development
+   prompts (16 a task, four pictures each) is taken for every GRPO arm; within one point of the highest, the smaller.
+2. *Flow-OPD's learning rate* is one of 2e-4, 5e-4, 1e-3. Each trains ``tiny_opd`` for 60 steps (1,920 samples) from the
+   merge, with the weight ``transition`` and MAR, at seed 0. The highest mean of the three benches on their development
+   prompts is taken for every Flow-OPD arm; within one point of the highest, the smaller.
+
+Nothing else is chosen by results: the three KL weights are all reported. Candidates and scores, all of them, go to
+``benchmarks/results/settings.json``. Stop and repeat it whenever you like: finished candidates are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.table2 import ANCHOR, BENCHES, SOURCES, value
+from flowopd_eval.records import Prompt
+from flowopd_eval.store import prompt_lines
+from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_prompts, sign_training_prompts
+
+RUNS = Path("runs/settings")
+RESULTS = Path("benchmarks/results/settings.json")
+CLOSE = 0.01
+DEVELOPMENT = {
+    "geneval": lambda: shapes_training_prompts()[1],
+    "ocr": lambda: sign_training_prompts()[1],
+    "quality": lambda: quality_training_prompts()[1],
+}
+OPD = (*SOURCES, ANCHOR, "start=merge", "steps=60")
+# choice -> (recipe, its changes, setting, candidates, benches it is judged by)
+CHOICES = {
+    "grpo": ("tiny_grpo_geneval", ("steps=30",), "optimizer.learning_rate", (3e-4, 1e-3, 3e-3), ("geneval",)),
+    "opd": ("tiny_opd", OPD, "optimizer.learning_rate", (2e-4, 5e-4, 1e-3), tuple(BENCHES)),
+}
+
+
+def _prompts(flag: str) -> Path:
+    prompts: list[Prompt] = DEVELOPMENT[flag]()
+    path = RUNS / f"development-{flag}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(prompt_lines(prompts))
+    return path
+
+
+def development_scores(name: str, lora: Path | None, flags: tuple[str, ...]) -> dict[str, float]:
+    """Scores of an adapter (None: the base) on development prompts, four pictures each; bench -> overall."""
+    found = {}
+    for flag in flags:
+        out = RUNS / "evaluation" / name / flag
+        words = ["--bench", flag, "--model", "tiny:base", "--samples", "4", "--prompts", str(_prompts(flag))]
+        words += ["--lora", str(lora)] if lora else []
+        command = [sys.executable, "-m", "flowopd_eval", *words, "--out", str(out)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (model,) = json.loads((out / "summary.json").read_text())["models"].values()
+        found[flag] = value(model[flag])
+    return found
+
+
+def chosen(scores: dict[float, float]) -> float:
+    """The candidate with the highest score; within a point of it, the smallest."""
+    best = max(scores.values())
+    return min(candidate for candidate, score in scores.items() if score >= best - CLOSE)
+
+
+def choose(name: str) -> dict:
+    """Train and score the candidates of a choice; what was chosen and why."""
+    recipe, changes, setting, candidates, flags = CHOICES[name]
+    scores, report = {}, {}
+    for candidate in candidates:
+        out = RUNS / "train" / f"{name}-{candidate:g}"
+        sets = [word for change in (f"out={out}", f"{setting}={candidate}", *changes) for word in ("--set", change)]
+        if not (out / "run.json").is_file():
+            subprocess.run([sys.executable, "-m", "training", f"training/recipes/{recipe}.toml", *sets], check=True)
+        report[f"{candidate:g}"] = development_scores(out.name, out / "adapter", flags)
+        scores[candidate] = sum(report[f"{candidate:g}"].values()) / len(flags)
+    base = development_scores("base", None, flags)
+    return {"setting": setting, "chosen": chosen(scores), "candidates": report, "base": base}
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or list(CHOICES)
+    if unknown := set(wanted) - set(CHOICES):
+        print(f"No choice {', '.join(sorted(unknown))}; there are: {', '.join(CHOICES)}.", file=sys.stderr)
+        return 2
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in wanted:
+        results[name] = choose(name)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        print(name, json.dumps(results[name], indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
