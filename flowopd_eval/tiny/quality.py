@@ -26,7 +26,7 @@ _INK = 36.0  # levels by which a pixel of ink differs from the background
 _LEAST_INK = 40  # pixels; a picture with less shows nothing
 _LEAST_AREA = 10  # pixels of one flat area
 _TIDY = 3.0  # untidiness up to which a picture counts as clean: nineteen of twenty renders have less
-_SCALE = 5.0  # untidiness beyond that by which the score falls to 1/e
+_SCALE = 7.0  # untidiness beyond that by which the score falls to 1/e
 
 
 def untidiness(picture: NDArray[np.uint8]) -> float | None:
@@ -66,7 +66,7 @@ def _paint(picture: NDArray[np.uint8], background: NDArray[np.float32], ink: NDA
 def quality(picture: NDArray[np.uint8]) -> float:
     """0..1 for an RGB picture (64, 64, 3): 1 for a clean one, 0 where nothing is drawn.
 
-    ``exp(-(untidiness - 3) / 5)``, at most 1.
+    ``exp(-(untidiness - 3) / 7)``, at most 1.
     """
     found = untidiness(picture)
     return 0.0 if found is None else math.exp(-max(0.0, found - _TIDY) / _SCALE)
