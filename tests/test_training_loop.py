@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -268,6 +269,52 @@ def test_pictures_drawn_with_other_settings_are_not_trained_on(tiny, tmp_path):
     for folder in ("again", "fresh"):
         run(tiny, "sft", tmp_path / folder, picture_steps=1)
     assert log(tmp_path / "again")[-2:] == log(tmp_path / "fresh")
+
+
+def judged_tasks(tiny, tmp_path):
+    return [task | {"rewards": {tiny.reward("Bright"): 1.0}} for task in tiny.values("sft", tmp_path)["tasks"]]
+
+
+def stage_of(config):
+    policies = Policies(config, CPU)
+    prompts = {task.name: task_prompts(task).training for task in config.tasks}
+    policies.prepare_text([p.prompt for found in prompts.values() for p in found])
+    mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
+    return SFT(config, policies, mixture, Parallel(Accelerator()))
+
+
+def test_of_so_many_candidates_the_one_with_the_highest_reward_is_kept(tiny, tmp_path):
+    changes = {"tasks": judged_tasks(tiny, tmp_path), "best_of": 2}
+    stage = stage_of(tiny.recipe("sft", tmp_path, **changes))
+    assert len(stage.candidates) == 12
+    assert [a.prompt for a in stage.candidates[::2]] == [b.prompt for b in stage.candidates[1::2]]
+    better = 0
+    for index in range(6):
+        latent, reward = stage._picture(index)
+        one, two = (stage._draw([candidate]) for candidate in stage.candidates[2 * index : 2 * index + 2])
+        (first,), (second,) = one[1](), two[1]()
+        if math.isnan(first):  # the reward says nothing of such prompts: the first candidate stays
+            assert reward.isnan()
+            assert torch.allclose(latent, one[0][0], atol=1e-5)
+            continue
+        assert torch.allclose(latent, (one if first >= second else two)[0][0], atol=1e-5)
+        assert reward == pytest.approx(max(first, second))
+        better += int(second > first)
+    assert better  # not always the first
+
+
+def test_pictures_whose_reward_is_too_low_or_unknown_are_not_trained_on(tiny, tmp_path):
+    changes = {"tasks": judged_tasks(tiny, tmp_path), "batch_size": 12, "micro_batch": 12, "pictures": 12}
+    stage = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=0.0))
+    rewards = torch.stack([stage._picture(n)[1] for n in range(12)])
+    known = rewards[~rewards.isnan()]
+    assert 0 < len(known) < 12
+    least = float(known.median())
+    (means,) = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=least)).updates(0)
+    assert means.reduce()["kept"] == pytest.approx(float((rewards >= least).float().mean()))
+    none = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=2.0))
+    list(none.updates(0))
+    assert not gradient(none.policies).any()
 
 
 def began(out):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,25 +22,31 @@ from training.config import MergeConfig, SFTConfig
 from training.data import Mixture, Sample, Text
 from training.loop import Means, Parallel
 from training.policies import Policies, adapter_of
+from training.rewards import Rewards
 
 
 class SFT:
     """Flow matching on pictures that the routed teachers drew, once and kept as latents.
 
     Picture n is drawn for sample n of the recipe's sequence of samples; step by step, the batches go through the
-    pictures in an order drawn anew for every pass.
+    pictures in an order drawn anew for every pass. With ``best_of`` each picture is the one of so many that the task's
+    rewards like best, and with ``least_reward`` those they do not like well enough are left out: with the base as
+    teacher this is best-of-N (rejection sampling) fine-tuning on its own pictures.
     """
 
     def __init__(self, config: SFTConfig, policies: Policies, mixture: Mixture, parallel: Parallel) -> None:
         self.config, self.policies, self.parallel = config, policies, parallel
-        batches = range(-(-config.pictures // config.batch_size))
-        self.samples = [s for n in batches for s in mixture.samples(n)][: config.pictures]
+        drawn = config.pictures * config.best_of
+        batches = range(-(-drawn // config.batch_size))
+        self.candidates = [s for n in batches for s in mixture.samples(n)][:drawn]
+        self.samples = self.candidates[:: config.best_of]
+        self.rewards = Rewards(config.tasks) if config.judged else None
         self.folder = Path(config.out) / "pictures"
-        self._latents: dict[int, Tensor] = {}
+        self._pictures: dict[int, tuple[Tensor, Tensor]] = {}
 
     def identity(self) -> dict:
-        """Nothing beyond the recipe."""
-        return {}
+        """The rewards, where they choose."""
+        return self.rewards.identity() if self.rewards else {}
 
     def needed(self, first: int) -> list[Sample]:
         """All of the pictures' samples: their order is drawn anew for every pass."""
@@ -50,7 +57,9 @@ class SFT:
         means = Means()
         batch = [self._index(step * self.config.batch_size + n) for n in range(self.config.batch_size)]
         for rows, last in self.parallel.micro_batches(batch, self.config.micro_batch):
-            clean = torch.stack([self._latent(index) for index in rows]).to(self.policies.device)
+            latents, rewards = zip(*map(self._picture, rows), strict=True)
+            clean = torch.stack(latents).to(self.policies.device)
+            wanted = self._wanted(torch.stack(rewards)).to(clean.device)
             samples = [self.samples[index] for index in rows]
             noise, sigma, keep = self._noise(step, samples, clean)
             text, empty = self.policies.conditions([s.prompt.prompt for s in samples]).at(
@@ -64,8 +73,10 @@ class SFT:
             with self.parallel.sync(last):
                 v = self.policies.student_velocity((1 - level) * clean + level * noise, sigma, text)
                 loss = (v.float() - (noise - clean)).square().mean((1, 2, 3))
-                self.parallel.backward(loss.sum())
+                self.parallel.backward((loss * wanted).sum())
             means.add("loss", *loss)
+            if self.rewards:
+                means.add("kept", *wanted)
         yield means
 
     def _index(self, position: int) -> int:
@@ -85,24 +96,45 @@ class SFT:
         noise, sigma, keep = (torch.stack(column).to(clean.device) for column in zip(*rows, strict=True))
         return noise, sigma, keep
 
-    def _latent(self, index: int) -> Tensor:
-        if index not in self._latents:
+    def _wanted(self, rewards: Tensor) -> Tensor:
+        """1.0 for pictures (B,) to train on, 0.0 for those whose reward is too low or unknown."""
+        least = self.config.least_reward
+        return torch.ones_like(rewards) if least is None else (rewards >= least).float()
+
+    def _picture(self, index: int) -> tuple[Tensor, Tensor]:
+        """Latent (C, H, W) and reward () of a picture; the reward is NaN where none is asked for or known."""
+        if index not in self._pictures:
             size = self.config.micro_batch
             first = index // size * size
-            self._latents.update(enumerate(self._block(first, size), start=first))
-        return self._latents[index]
+            self._pictures.update(enumerate(zip(*self._block(first, size), strict=True), start=first))
+        return self._pictures[index]
 
-    def _block(self, first: int, size: int) -> Tensor:
-        """Latents of ``size`` pictures from the kept file, drawn where it is not there yet."""
+    def _block(self, first: int, size: int) -> tuple[Tensor, Tensor]:
+        """Latents and rewards of ``size`` pictures from the kept file, drawn where it is not there yet."""
         path = self.folder / f"{first:06d}.safetensors"
-        samples = self.samples[first : first + size]
+        samples = self.candidates[first * self.config.best_of : (first + size) * self.config.best_of]
         how = [self.policies.sha256, self.config.picture_steps, self.policies.record, self.policies.dtype]
+        how += [self.config.best_of, json.dumps(self.identity())]
         for s in samples:
             e = self.policies.experts[str(s.task.teacher)]
             how += [s.prompt.prompt, s.seed, e.sha256, e.guidance, e.text_length]
         key = _digest("|".join(map(str, how)))
-        if path.is_file() and (kept := load_file(path)).keys() == {key}:
-            return kept[key]
+        if path.is_file() and (kept := load_file(path)).keys() == {key, f"{key}.reward"}:
+            return kept[key], kept[f"{key}.reward"]
+        drawn = [self._draw(samples[n : n + size]) for n in range(0, len(samples), size)]  # judged in the background
+        latents = torch.cat([x for x, _ in drawn])
+        rewards = torch.tensor([reward for _, rewards in drawn for reward in rewards()])
+        best = rewards.nan_to_num(-torch.inf).unflatten(0, (-1, self.config.best_of)).argmax(1)
+        chosen = torch.arange(len(best)) * self.config.best_of + best
+        kept = {key: latents[chosen].contiguous(), f"{key}.reward": rewards[chosen]}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{self.parallel.accelerator.process_index}.part")
+        save_file(kept, part)
+        part.replace(path)
+        return kept[key], kept[f"{key}.reward"]
+
+    def _draw(self, samples: list[Sample]) -> tuple[Tensor, Callable[[], list[float]]]:
+        """Latents (B, C, H, W) of the routed teachers' pictures, and what gives their rewards once it is asked."""
         policies, record = self.policies, self.policies.record
         sigmas = shifted_sigmas(self.config.picture_steps, record.shift).to(policies.device)
         x = draw_noise([s.seed for s in samples], policies.latent_shape).to(policies.device)
@@ -110,11 +142,10 @@ class SFT:
         teachers = [policies.experts[str(s.task.teacher)] for s in samples]
         for sigma, following in itertools.pairwise(sigmas):
             x = ode_step(x, policies.frozen(teachers, x, sigma, conditions), sigma, following)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{self.parallel.accelerator.process_index}.part")
-        save_file({key: x.cpu().contiguous()}, part)
-        part.replace(path)
-        return x.cpu()
+        if self.rewards is None:
+            return x.cpu(), lambda: [math.nan] * len(samples)
+        judged = self.rewards.submit(policies.decode(x), samples)
+        return x.cpu(), lambda: [values["total"] for values in judged.result()]
 
 
 def _digest(text: str) -> str:

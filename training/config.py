@@ -267,15 +267,30 @@ class SFTConfig(_Trained):
     """The cold start by fine-tuning on the teachers' pictures (see :mod:`training.coldstart`)."""
 
     stage: Literal["sft"]
-    pictures: int = Field(gt=0, description="Pictures drawn from the routed teachers, once.")
+    pictures: int = Field(gt=0, description="Pictures of the routed teachers to train on, drawn once.")
     picture_steps: int = Field(20, gt=0, description="Euler steps of those pictures.")
+    best_of: int = Field(1, gt=0, description="Candidates for each picture: the one with the highest reward is kept.")
+    least_reward: float | None = Field(None, description="Kept pictures with less reward are not trained on.")
     text_dropout: float = Field(0.1, ge=0, le=1)
     sigma_mean: float = 0.0
     sigma_std: float = Field(1.0, gt=0)
 
+    @property
+    def group(self) -> int:
+        """Candidates side by side."""
+        return self.best_of
+
+    @property
+    def judged(self) -> bool:
+        """Whether rewards decide which pictures are trained on."""
+        return self.best_of > 1 or self.least_reward is not None
+
     @model_validator(mode="after")
     def _taught(self) -> Self:
         self._needs_teachers()
+        for task in self.tasks:
+            if self.judged and not task.rewards:
+                raise ValueError(f"best_of and least_reward need rewards; task {task.name!r} has none.")
         return self
 
 

@@ -311,7 +311,7 @@ def _sft_pictures(config: SFTConfig, taught: float) -> Work:
     samples = config.steps * config.batch_size
     # A picture is drawn when first asked for, together with its block.
     drawn = min(config.pictures, samples * config.micro_batch)
-    return Work("teachers, drawing the pictures", drawn * config.picture_steps * taught / samples)
+    return Work("teachers, drawing the pictures", drawn * config.best_of * config.picture_steps * taught / samples)
 
 
 def _strips(config: Trained, record: SamplingRecord, taught: float) -> list[Work]:
