@@ -115,6 +115,26 @@ def _ocr_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
     return OCRScorer(RapidOCREngine(OCR_SIDE))
 
 
+def _drawbench_prompts() -> list[Prompt]:
+    from flowopd_eval.drawbench import drawbench_prompts
+
+    return drawbench_prompts()
+
+
+@cache
+def _preference_judge() -> Scorer:
+    """One judge a process: its models take about 10 GB."""
+    import torch
+
+    from flowopd_eval.scorers.preference import PreferenceScorer
+
+    return PreferenceScorer(device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _preference_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+    return _preference_judge()
+
+
 def _quality_prompts() -> list[Prompt]:
     from flowopd_eval.tiny.suite import quality_prompts
 
@@ -210,6 +230,18 @@ BENCHES: tuple[Bench, ...] = (
         _ocr_scorer,
         protocols=("flow-grpo",),
         check=_quotes,
+    ),
+    Bench(
+        "preference",
+        "coco",
+        "pickscore",
+        1,
+        "Preference",
+        "DrawBench's 200 prompts: PickScore, and HPS v2.1, Aesthetic v2 and CLIPScore besides (arXiv 2305.01569)",
+        _drawbench_prompts,
+        _preference_scorer,
+        protocols=("raw",),
+        correct_at=None,
     ),
     Bench(
         "quality",

@@ -478,10 +478,13 @@ def _draw(settings: Settings, *, score: bool) -> None:
 
 
 def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
+    from flowopd_eval.drawbench import refuse_unscreened
     from flowopd_eval.harness import BenchRun
     from flowopd_eval.prompts import prompts_sha256, read_prompts
 
     protocol = _protocol(bench, settings.protocol)
+    if settings.prompts:
+        refuse_unscreened(settings.prompts)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
     for prompt in chosen:

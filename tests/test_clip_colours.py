@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from flowopd_eval.prompts import GENEVAL_COLOURS
-from flowopd_eval.scorers.clip_colours import ClipColours, crop_pixels, cut_out
+from flowopd_eval.scorers.clip_colours import ClipColours, cut_out
+from flowopd_eval.scorers.clip_model import crop_pixels
 from flowopd_eval.scorers.mask2former import MaskedDetection
 
 

@@ -16,7 +16,7 @@ FLOORS = [
     ["adapters"],
     ["prompts"],
     ["scorers"],
-    ["geneval2_prompts"],
+    ["geneval2_prompts", "drawbench"],
     ["tiny"],
     ["pipeline"],
     ["models"],

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -131,6 +132,8 @@ class SFT:
         part = path.with_suffix(f".{self.parallel.accelerator.process_index}.part")
         save_file(kept, part)
         part.replace(path)
+        there = min(len(list(self.folder.glob("*.safetensors"))) * size, self.config.pictures)
+        print(f"{there} of {self.config.pictures} pictures are drawn and kept in {self.folder}.", file=sys.stderr)
         return kept[key], kept[f"{key}.reward"]
 
     def _draw(self, samples: list[Sample]) -> tuple[Tensor, Callable[[], list[float]]]:

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowopd_eval.drawbench import refuse_unscreened
 from flowopd_eval.errors import RequestError
 from flowopd_eval.prompts import read_prompts
 from flowopd_eval.records import Prompt
@@ -61,6 +62,7 @@ def task_prompts(task: Task) -> Prompts:
         if task.prompts not in BUILTIN:
             raise RequestError(f"Task {task.name!r}: {task.prompts!r} is none of {', '.join(BUILTIN)}.")
         return Prompts(*BUILTIN[task.prompts]())
+    refuse_unscreened(task.prompts)
     prompts = read_prompts(task.prompts, task=task.name)
     if len(prompts) <= task.held_out:
         raise RequestError(
