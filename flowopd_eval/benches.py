@@ -17,10 +17,10 @@ VLM_JUDGE = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2's official one
 
 @dataclass(frozen=True)
 class JudgeServer:
-    """An OpenAI-compatible server with log-probs, for the benches that a vision-language model judges."""
+    """An OpenAI-compatible server for the benches that a vision-language model judges; None: the bench's own model."""
 
     url: str
-    model: str = VLM_JUDGE
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Bench:
     correct_at: float | None = 1.0
     metrics: Callable[[], Callable[[Sequence[Sample], float | None], dict[str, Any]]] | None = None
     check: Callable[[Prompt], None] = lambda prompt: None  # raises RequestError for a prompt nobody could judge
+    replaceable: bool = False  # a program of the user's may judge in its scorer's place
 
 
 def _official_prompts() -> list[Prompt]:
@@ -162,7 +163,29 @@ def _geneval2_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer
             f"GenEval 2 is judged by a vision-language model: start one (`vllm serve {VLM_JUDGE}`) and give "
             "--judge-url http://localhost:8000/v1."
         )
-    return GenEval2Scorer(VLMClient(server.url, server.model))
+    return GenEval2Scorer(VLMClient(server.url, server.model or VLM_JUDGE))
+
+
+def _writing_judge(rubric: str, model: str) -> Callable[..., Scorer]:
+    """A model that writes points by a rubric of :mod:`flowopd_eval.scorers.judges`."""
+
+    def scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+        from flowopd_eval.scorers.judges import RUBRICS, JudgeScorer
+        from flowopd_eval.scorers.vlm import VLMClient
+
+        if server is None:
+            raise RequestError(f"{rubric} asks a model: start one (`vllm serve {model}`) and give --judge-url URL.")
+        return JudgeScorer(VLMClient(server.url, server.model or model), RUBRICS[rubric])
+
+    return scorer
+
+
+@cache
+def external_scorer(command: tuple[str, ...]) -> Scorer:
+    """A judge in a process of its own, one a command, whatever the number of models and benches."""
+    from flowopd_eval.scorers.external import ExternalScorer
+
+    return ExternalScorer(command)
 
 
 def _geneval2_metrics() -> Callable[[Sequence[Sample], float | None], dict[str, Any]]:
@@ -218,6 +241,7 @@ BENCHES: tuple[Bench, ...] = (
         _ocr_scorer,
         protocols=("flow-grpo",),
         check=_quotes,
+        replaceable=True,
     ),
     Bench(
         "ocr",
@@ -230,6 +254,7 @@ BENCHES: tuple[Bench, ...] = (
         _ocr_scorer,
         protocols=("flow-grpo",),
         check=_quotes,
+        replaceable=True,
     ),
     Bench(
         "preference",
@@ -242,6 +267,7 @@ BENCHES: tuple[Bench, ...] = (
         _preference_scorer,
         protocols=("raw",),
         correct_at=None,
+        replaceable=True,
     ),
     Bench(
         "quality",
@@ -252,6 +278,30 @@ BENCHES: tuple[Bench, ...] = (
         "how cleanly pictures of every kind are drawn, whatever they show",
         _quality_prompts,
         _quality_scorer,
+        correct_at=None,
+    ),
+    Bench(
+        "unifiedreward",
+        "coco",
+        "unified_reward",
+        1,
+        "UnifiedReward",
+        "DrawBench's 200 prompts, points for alignment and quality by a model that writes (arXiv 2503.05236)",
+        _drawbench_prompts,
+        _writing_judge("unified-reward", "CodeGoat24/UnifiedReward-7b-v1.5"),
+        protocols=("points",),
+        correct_at=None,
+    ),
+    Bench(
+        "qwenvl",
+        "coco",
+        "qwenvl",
+        1,
+        "QwenVL",
+        "DrawBench's 200 prompts, points by Qwen2.5-VL or any other model that writes",
+        _drawbench_prompts,
+        _writing_judge("qwenvl", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        protocols=("points",),
         correct_at=None,
     ),
     Bench(

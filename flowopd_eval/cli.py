@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flowopd_eval.benches import Bench, JudgeServer
     from flowopd_eval.harness import BenchRun, Metrics, Progress
     from flowopd_eval.models import ModelSpec
-    from flowopd_eval.records import Prompt, SamplingRecord
+    from flowopd_eval.records import Prompt, SamplingRecord, Scorer
     from flowopd_eval.store import Shard
 
 app = typer.Typer(
@@ -56,7 +56,13 @@ ProtocolOption = Annotated[str | None, typer.Option(help="Scoring protocol (defa
 PromptsOption = Annotated[Path | None, typer.Option(help="Prompt file instead of the bench's own (JSON lines).")]
 JudgeUrlOption = Annotated[
     str | None,
-    typer.Option(help="For geneval2: base URL of an OpenAI-compatible server with log-probs; key in OPENAI_API_KEY."),
+    typer.Option(
+        help="For geneval2 (with log-probs), unifiedreward, qwenvl: base URL of an OpenAI-compatible server; its key "
+        "from OPENAI_API_KEY."
+    ),
+]
+ScorerCommandOption = Annotated[
+    str | None, typer.Option(help="Program that judges in the bench's scorer's place (ocr, preference); it is run.")
 ]
 JudgeModelOption = Annotated[str | None, typer.Option(help="Model on that server (default: the bench's official one).")]
 ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
@@ -86,6 +92,7 @@ class Settings:
     prompts: Path | None
     shard: str | None
     server: JudgeServer | None
+    command: str | None
 
 
 def _version(value: bool) -> None:
@@ -117,6 +124,7 @@ def main(
     shard: ShardOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
+    scorer_command: ScorerCommandOption = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
     """Draw and score: `flowopd-eval --bench geneval --model flow-opd`. Without --model, the built-in miniature."""
@@ -128,7 +136,7 @@ def main(
         raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, protocol, prompts, shard, _server(judge_url, judge_model)),
+                 device, protocol, prompts, shard, _server(judge_url, judge_model), scorer_command),
         score=True,
     )  # fmt: skip
 
@@ -156,7 +164,7 @@ def generate(
         raise RequestError("Nothing to draw: name a bench (`--bench geneval`).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, None, prompts, shard, None),
+                 device, None, prompts, shard, None, None),
         score=False,
     )  # fmt: skip
 
@@ -174,6 +182,7 @@ def score(
     protocol: ProtocolOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
+    scorer_command: ScorerCommandOption = None,
     again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,
 ) -> None:
     """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout.
@@ -193,7 +202,7 @@ def score(
         out, folders = folder, store.bench_folders(folder)
     else:
         kind = bench_by_key(bench)
-        kind.scorer(_protocol(kind, protocol), server).identity()  # before anything is copied: it may lack something
+        _scorer(kind, _protocol(kind, protocol), server, scorer_command).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
@@ -205,7 +214,7 @@ def score(
         recorded = (request["scorer"] or {}).get("protocol")
         own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
         with _progress() as progress:
-            scorer = kind.scorer(_protocol(kind, own), server)
+            scorer = _scorer(kind, _protocol(kind, own), server, scorer_command)
             rescore.rescore(entry, scorer, again=again, metrics=_metrics(kind), progress=progress)
     _conclude(out)
 
@@ -453,10 +462,10 @@ def _draw(settings: Settings, *, score: bool) -> None:
     from flowopd_eval.others import open_models
 
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
+    work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
     device = _device(settings.device)
     by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
     opened = {base: open_models(base, mine, device, settings.dtype) for base, mine in by_base.items()}
-    work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
     plans = [(spec, _bench_run(settings, bench, spec, score=score)) for spec, bench in work]
     shard = _shard(settings.shard)
     if settings.out is None and shard.count > 1:
@@ -497,7 +506,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         key=bench.key,
         version=bench.version,
         prompts=tuple(chosen),
-        scorer=bench.scorer(protocol, settings.server) if score else None,
+        scorer=_scorer(bench, protocol, settings.server, settings.command) if score else None,
         samples=settings.samples or bench.samples,
         seed=settings.seed,
         batch_size=settings.batch_size or default_batch,
@@ -513,12 +522,25 @@ def _metrics(bench: Bench) -> Metrics:
     return bench.metrics() if bench.metrics else standard_metrics
 
 
+def _scorer(bench: Bench, protocol: str, server: JudgeServer | None, command: str | None) -> Scorer:
+    """The bench's judge, or the program of the command line: never one that a run names."""
+    import shlex
+
+    from flowopd_eval.benches import external_scorer
+
+    if command is None:
+        return bench.scorer(protocol, server)
+    if not bench.replaceable:
+        raise RequestError(f"{bench.flag}: --scorer-command cannot take this bench's judge's place.")
+    return external_scorer(tuple(shlex.split(command)))
+
+
 def _server(url: str | None, model: str | None) -> JudgeServer | None:
-    from flowopd_eval.benches import VLM_JUDGE, JudgeServer
+    from flowopd_eval.benches import JudgeServer
 
     if url is None and model is not None:
         raise RequestError(f"--judge-model {model} needs the server that has it: give --judge-url.")
-    return JudgeServer(url, model or VLM_JUDGE) if url else None
+    return JudgeServer(url, model) if url else None
 
 
 def _protocol(bench: Bench, wanted: str | None) -> str:

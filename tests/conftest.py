@@ -1,6 +1,28 @@
-"""For all tests: no test is timed, so hypothesis sets no deadline either."""
+"""For all tests: no deadlines, as no test is timed; and the command line as a user gives it."""
 
+import sys
+
+import pytest
 from hypothesis import settings
+
+from flowopd_eval import cli
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs ``flowopd-eval ...`` in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flowopd-eval", *map(str, arguments)])
+        code = 0
+        try:
+            cli.run()
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

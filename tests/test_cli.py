@@ -9,25 +9,6 @@ import time
 import pytest
 from random_adapters import random_adapter
 
-from flowopd_eval import cli
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs ``flowopd-eval ...`` in this process; returns exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flowopd-eval", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
@@ -124,7 +105,7 @@ def test_shards_join_to_the_same_bytes(small_run, command, tmp_path):
         (["--bench", "geneval", "--device", "abacus"], "'abacus'"),
         (["--bench", "geneval", "--protocol", "mine"], "no protocol 'mine'"),
         (["--bench", "geneval", "--prompts", "missing.jsonl"], "missing.jsonl"),
-        (["--bench", "ocr", "--model", "flow-opd"], "'ocr' is not there"),
+        (["--bench", "quality", "--model", "flow-opd"], "'quality' is not there"),
         (["--bench", "geneval", "--steps", "0"], "--steps"),
         (["score", "nowhere"], "nowhere is not a folder"),
         (["report", "nowhere"], "nowhere holds no run"),

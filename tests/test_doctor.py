@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import command
 
 from flowopd_eval import doctor
 from flowopd_eval.benches import bench_by_key
 from flowopd_eval.errors import WorkError
 
-__all__ = ["command"]
 ROOT = Path(__file__).parent.parent
 
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import command
 
 from flowopd_eval.benches import OCR_SIDE, find_bench
 from flowopd_eval.errors import RequestError
@@ -19,7 +18,6 @@ from flowopd_eval.records import Prompt
 from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine, error_rate, levenshtein, ocr_reward, target_text
 from flowopd_eval.tiny.scenes import draw_scene, sample_scene
 
-__all__ = ["command"]
 SHORT = st.text("ab C!", max_size=7)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_cli import command
 
 from flowopd_eval.benches import bench_by_key
 from flowopd_eval.errors import RequestError
@@ -17,7 +16,6 @@ from flowopd_eval.official import RESULTS, read_results, terminal_report, write_
 from flowopd_eval.rescore import import_geneval, rescore
 from flowopd_eval.tiny.scenes import TASKS, draw_scene, sample_scene
 
-__all__ = ["command"]
 BENCH = bench_by_key("shapes_geneval")
 SCORER = BENCH.scorer("official")
 RUN = BenchRun("geneval", BENCH.key, BENCH.version, tuple(BENCH.prompts()), None)

@@ -21,7 +21,6 @@ from diffusers import (
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from random_adapters import random_adapter
-from test_cli import command
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from flowopd_eval.adapters import write_adapter
@@ -32,7 +31,6 @@ from flowopd_eval.others import DiffusersModel, PythonModel, open_models
 from flowopd_eval.records import Prompt
 from flowopd_eval.tiny.vocabulary import build_tokenizer
 
-__all__ = ["command"]
 PROMPTS = [Prompt(f"p{n}", text, "colors") for n, text in enumerate(["a red circle", "a blue star", "a green cross"])]
 SEEDS = [prompt.seed(0, 0) for prompt in PROMPTS]
 

@@ -52,12 +52,17 @@ def test_the_base_is_stock_diffusers(pipe):
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+def close(a, b):
+    """Equal up to fp32 rounding of several steps: 1e-4 of the largest value."""
+    return (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
 def test_rows_of_one_batch_equal_one_after_the_other(pipe):
     arms = ["two", None, "one"]
     mixed = latents(pipe, PROMPTS, expert=arms, seed=[1, 2, 3])
     for row, arm in enumerate(arms):
         alone = latents(pipe, PROMPTS[row], expert=arm, seed=row + 1)
-        torch.testing.assert_close(mixed[row], alone[0], atol=1e-4, rtol=0)
+        assert close(mixed[row], alone[0])
     assert not torch.allclose(mixed[0], latents(pipe, PROMPTS[0], expert="one", seed=1)[0], atol=1e-3)
 
 
@@ -77,9 +82,9 @@ def test_batch_size_changes_a_picture_by_at_most_two_levels(pipe):
 
 def test_compare_gives_all_arms_the_same_noise(pipe):
     output = pipe.compare(PROMPTS[0], ["one", None, "one"], seed=5, num_inference_steps=STEPS, output_type="latent")
-    torch.testing.assert_close(output.images[0], output.images[2], atol=1e-4, rtol=0)
+    assert close(output.images[0], output.images[2])
     alone = latents(pipe, PROMPTS[0], seed=5)
-    torch.testing.assert_close(output.images[1], alone[0], atol=1e-4, rtol=0)
+    assert close(output.images[1], alone[0])
     everything = pipe.compare(PROMPTS[0], num_inference_steps=1)
     assert len(everything.images) == 3  # base, one, two
 

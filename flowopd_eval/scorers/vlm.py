@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible server: one question about one picture, the probabilities of one token back.
+"""A judge behind an OpenAI-compatible server: one question about one picture, its answer or a token's probabilities.
 
 Sends ``POST BASE/chat/completions`` as OpenAI's API reference has it ("Create chat completion"), which vLLM, SGLang and
 others also serve. The standard library's client is enough for it, and brings no dependency.
@@ -40,6 +40,15 @@ class Reply:
 
     model: str
     tokens: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``model`` as the server names it; the ``text`` of its answer, ``cut`` where it reached the most tokens."""
+
+    model: str
+    text: str
+    cut: bool
 
 
 def picture_url(image: Image.Image) -> str:
@@ -90,10 +99,30 @@ class VLMClient:
         Raises:
             RequestError: no connection, a refusal, an answer that is no chat completion or has no log-probs.
         """
+        return self._reply(self._complete(picture, question, max_tokens=1, logprobs=True, top_logprobs=TOP_LOGPROBS))
+
+    def answer(self, picture: str, question: str, max_tokens: int) -> Answer:
+        """The likeliest answer to ``question`` about ``picture``, of at most ``max_tokens`` tokens.
+
+        Raises:
+            RequestError: no connection, a refusal, an answer that is no chat completion or has no text.
+        """
+        raw = self._complete(picture, question, max_tokens=max_tokens)
+        try:
+            completion = json.loads(raw)
+            choice = completion["choices"][0]
+            text, cut = choice["message"]["content"], choice.get("finish_reason") == "length"
+            model = str(completion.get("model") or self.model)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise self._no_completion(raw) from error
+        if not isinstance(text, str):
+            raise self._error(f"the answer has no text, but {text!r:.120}.")
+        return Answer(model, text, cut)
+
+    def _complete(self, picture: str, question: str, **settings: Any) -> bytes:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": question}]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-        body |= {"max_tokens": 1, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
-        return self._reply(self._post(json.dumps(body).encode()))
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0, **settings}
+        return self._post(json.dumps(body).encode())
 
     def _post(self, body: bytes) -> bytes:
         for attempt in range(self.attempts):
@@ -124,10 +153,13 @@ class VLMClient:
                 tuple((str(each["token"]), float(each["logprob"])) for each in candidates),
             )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise self._error(f"no chat completion came back, but {raw[:120].decode(errors='replace')!r}.") from error
+            raise self._no_completion(raw) from error
         if not reply.tokens:
             raise self._error("the answer has no log-probs. Take a server and model that give top_logprobs, as vLLM's.")
         return reply
+
+    def _no_completion(self, raw: bytes) -> RequestError:
+        return self._error(f"no chat completion came back, but {raw[:120].decode(errors='replace')!r}.")
 
     def _error(self, text: str) -> RequestError:
         for secret in self._secrets:  # a server may repeat a wrong key

@@ -1,0 +1,1 @@
+"""The nodes: ComfyUI's types and calls, and no more."""

@@ -1,0 +1,40 @@
+"""Detectors in ComfyUI's memory: room is made for them before, and given back after."""
+
+from __future__ import annotations
+
+import gc
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..logic.judges import BENCHES, Judge, open_judge
+
+ROOM = 3 * 1024**3  # bytes for GenEval's detector, its CLIP and their activations on a few pictures
+
+
+def judging_inputs() -> list[io.Input]:
+    """The inputs of a node that judges."""
+    return [
+        io.String.Input("prompt", multiline=True),
+        io.Combo.Input("bench", options=list(BENCHES), default=BENCHES[0]),
+        io.String.Input(
+            "clauses",
+            multiline=True,
+            default="",
+            tooltip='GenEval\'s clauses as JSON, for other words: {"include": [{"class": "dog", "count": 2}]}',
+        ),
+    ]
+
+
+def ready_judge(bench: str, prompt: str, clauses: str) -> Judge:
+    """A judge on ComfyUI's device."""
+    device = comfy.model_management.get_torch_device()
+    if bench == "geneval":
+        comfy.model_management.free_memory(ROOM, device)
+    return open_judge(bench, prompt, clauses, str(device))
+
+
+def give_back() -> None:
+    """After the last reference to a judge is gone: its memory is ComfyUI's again."""
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
