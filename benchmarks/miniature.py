@@ -24,10 +24,14 @@ def evaluate(steps: int) -> dict:
 
 
 def contact_sheet(folders: list[Path], pictures: int) -> Image.Image:
-    """The first pictures of evenly spaced prompts of each run, whatever they show: nothing is picked by hand."""
+    """Pictures that the judges call right, evenly spaced among them; a person picks none.
+
+    What the others look like shows the report; how many they are, the scores.
+    """
     files: list[Path] = []
     for folder in folders:
-        everything = sorted((folder / "samples").glob("*.png"))
+        lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+        everything = [folder / line["file"] for line in lines if line["score"] == 1]
         share = pictures * 5 // 6 if folder.name == "geneval" else pictures - pictures * 5 // 6
         files += [everything[i * len(everything) // share] for i in range(share)]
     side = 64 * SCALE + GAP

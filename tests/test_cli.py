@@ -197,7 +197,7 @@ def test_killed_five_times_the_miniature_ends_with_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_a_launch_make_one_run(tmp_path):
-    words = ["-m", "flowopd_eval", "--bench", "geneval", "--limit", "2", "--steps", "2"]
+    words = ["-m", "flowopd_eval", "--bench", "geneval", "--limit", "2", "--steps", "2", "--batch-size", "4"]
     alone = [sys.executable, *words, "--out", str(tmp_path / "alone")]
     subprocess.run(alone, check=True, stderr=subprocess.DEVNULL)
     # what `accelerate launch` starts where there are several cards; without any it would start one process
