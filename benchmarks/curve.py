@@ -1,7 +1,7 @@
 """The loss of the miniature's pre-training: ``python -m benchmarks.curve``.
 
-Reads the log under ``runs/train/tiny_base``; writes ``benchmarks/results/tiny_base_loss.json`` (pictures seen, mean loss
-since the line before) and ``docs/miniature-loss.png``.
+Reads the log under ``runs/train/tiny_base``; writes ``benchmarks/results/tiny_base_loss.json`` (pictures seen, mean
+loss since the line before) and ``docs/miniature-loss.png``.
 """
 
 import json
