@@ -489,7 +489,7 @@ def _draw(settings: Settings, *, score: bool) -> None:
 def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
     from flowopd_eval.drawbench import refuse_unscreened
     from flowopd_eval.harness import BenchRun
-    from flowopd_eval.prompts import prompts_sha256, read_prompts
+    from flowopd_eval.prompts import read_prompts
 
     protocol = _protocol(bench, settings.protocol)
     if settings.prompts:
@@ -498,7 +498,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
     for prompt in chosen:
         bench.check(prompt)
-    if settings.prompts and prompts_sha256(prompts) != prompts_sha256(bench.prompts()):
+    if settings.prompts and not _are_of(bench, prompts):
         partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
     default_batch = 16 if spec.record.width <= 128 else 4
     return BenchRun(
@@ -514,6 +514,16 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         correct_at=bench.correct_at,
         metrics=_metrics(bench),
     )
+
+
+def _are_of(bench: Bench, prompts: Sequence[Prompt]) -> bool:
+    """Whether prompts are all of the bench's; not where those cannot be had, as without a network."""
+    from flowopd_eval.prompts import prompts_sha256
+
+    try:
+        return prompts_sha256(prompts) == prompts_sha256(bench.prompts())
+    except RequestError:
+        return False
 
 
 def _metrics(bench: Bench) -> Metrics:

@@ -216,7 +216,7 @@ def _cached() -> Iterator[Finding]:
 
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 
     yield Finding("hub", "token", "ok" if get_token() else "absent", "there" if get_token() else "run `hf auth login`")
     api = HfApi()
@@ -229,7 +229,7 @@ def _hub() -> Iterator[Finding]:
             yield Finding("hub", name, "absent", text)
         except HfHubHTTPError as error:
             yield Finding("hub", name, "wrong", f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        except (OSError, RuntimeError, OfflineModeIsEnabled) as error:  # no network: the others would say the same
+        except (HTTPError, ConnectionError) as error:  # no network: the others would say the same
             yield Finding("hub", "network", "absent", f"the Hub is out of reach ({type(error).__name__})")
             return
 

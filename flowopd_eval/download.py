@@ -39,8 +39,8 @@ def list_files(source: str) -> list[str]:
 def _explained(repo: str, revision: str) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -56,7 +56,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise RequestError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:  # HTTPError: also of no connection at all
         raise RequestError(
             f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in the local cache. Check the "
             f"network, or fetch it elsewhere with `hf download {repo}` and give its folder."

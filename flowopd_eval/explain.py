@@ -15,7 +15,7 @@ from flowopd_eval import store
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import Progress, collect, identity_of, mean_over
 from flowopd_eval.records import Interval, Sample, Scorer
-from flowopd_eval.rescore import judge_aside
+from flowopd_eval.rescore import journal_aside, judge_aside
 from flowopd_eval.statistics import paired_difference, task_mean_interval
 from flowopd_eval.store import WHOLE, BenchFolder
 
@@ -99,8 +99,8 @@ def explain(
             steps.append(_step(name, done))
         explanation = Explanation(folder.entry, tuple(steps))
         store.write_json(folder.path / "explain.json", explanation.to_json())
-        for path in folder.path.glob("rescore-*.jsonl"):
-            path.unlink()
+        for _, scorer in scorers:  # others may be of a `score` that is to be continued
+            journal_aside(folder, identity_of(scorer)).unlink(missing_ok=True)
     return explanation
 
 

@@ -23,11 +23,11 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.records import Prompt, Sample, Score, Scorer
+from flowopd_eval.records import Generator, Prompt, Sample, Score, Scorer
 from flowopd_eval.statistics import any_correct, mean_interval, task_mean_interval
 from flowopd_eval.store import WHOLE, BenchFolder, Shard
 
@@ -41,16 +41,6 @@ _ADDRESS = re.compile(r"0x[0-9a-fA-F]{6,}")
 
 Progress = Callable[[int, int, str], None]
 Metrics = Callable[[Sequence[Sample], float | None], dict[str, Any]]
-
-
-class Generator(Protocol):
-    """What draws: an identity that stands in every result, and pictures from prompts and seeds."""
-
-    def identity(self) -> Mapping[str, Any]:
-        """``model`` (its name), model and adapter hashes, sampling record. Plain JSON."""
-
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
-        """One picture for each prompt and seed, in order."""
 
 
 class Interrupted(KeyboardInterrupt):

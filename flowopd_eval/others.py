@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.models import Backbone, ModelSpec, folder_sha256
-from flowopd_eval.records import Prompt, SamplingRecord
+from flowopd_eval.records import Generator, Prompt, SamplingRecord
 from flowopd_eval.userfile import is_userfile, load_attribute
 
 if TYPE_CHECKING:
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 OURS = ("StableDiffusion3Pipeline", "FlowOPDPipeline")  # pipelines that FlowOPDPipeline draws for
 _FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors"]  # nothing that would have to be unpickled
-
-
-class Generator(Protocol):
-    """What the harness draws with (:class:`flowopd_eval.harness.Generator`)."""
-
-    def identity(self) -> Mapping[str, Any]: ...
-
-    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]: ...
 
 
 class Models(Protocol):
@@ -57,7 +49,7 @@ def open_models(base: str, specs: Sequence[ModelSpec], device: str, dtype: str |
         RequestError: the base is none of these, or cannot be had.
     """
     if is_userfile(base):
-        return PythonModel(base, specs)
+        return PythonModel(base, specs, dtype)
     if base != "builtin:tiny" and pipeline_class(base) not in OURS:
         return DiffusersModel(base, specs, device, dtype)
     return Backbone(base, specs, device, dtype)
@@ -193,9 +185,9 @@ class DiffusersGenerator:
         wanted = {
             "num_inference_steps": r.steps,
             "guidance_scale": r.guidance,
-            "height": r.height,
-            "width": r.width,
-            "max_sequence_length": r.text_length,
+            "height": r.height or None,
+            "width": r.width or None,
+            "max_sequence_length": r.text_length or None,
             "negative_prompt": [r.negative_prompt] * len(prompts) if r.guidance > 1 else None,
         }
         known = inspect.signature(type(self.model.pipeline).__call__).parameters
@@ -203,7 +195,7 @@ class DiffusersGenerator:
             [prompt.prompt for prompt in prompts],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
-            **{name: value for name, value in wanted.items() if name in known and value},
+            **{name: value for name, value in wanted.items() if name in known and value is not None},
         )
         pictures = np.asarray(output.images)
         if not np.isfinite(pictures).all():
@@ -265,9 +257,9 @@ class PythonModel:
     stands in the results as the sampling record: a function knows best what decides its pictures.
     """
 
-    def __init__(self, base: str, specs: Sequence[ModelSpec]) -> None:
-        if specs[0].adapter:
-            raise RequestError(f"{base} is a function: it takes no --lora.")
+    def __init__(self, base: str, specs: Sequence[ModelSpec], dtype: str | None) -> None:
+        if specs[0].adapter or dtype:
+            raise RequestError(f"{base} is a function: it takes no {'--lora' if specs[0].adapter else '--dtype'}.")
         self.base = base
 
     def load(self) -> None:
@@ -289,7 +281,7 @@ class PythonModel:
     def generator(self, spec: ModelSpec, record: SamplingRecord) -> PythonGenerator:
         """Raises ``RequestError`` for settings that would not reach it."""
         if record != replace(self.record(spec), negative_prompt=record.negative_prompt):
-            raise RequestError(f"{self.base} takes no --steps, --guidance or --dtype: set them in the function.")
+            raise RequestError(f"{self.base} takes no --steps and no --guidance: set them in the function.")
         return PythonGenerator(self, spec)
 
 

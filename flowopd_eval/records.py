@@ -131,3 +131,13 @@ class Scorer(Protocol):
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
         """Score each picture against its prompt, in order. A picture that cannot be judged gets ``value=None``."""
+
+
+class Generator(Protocol):
+    """What draws: an identity that stands in every result, and pictures from prompts and seeds."""
+
+    def identity(self) -> Mapping[str, Any]:
+        """``model`` (its name), model and adapter hashes, sampling record. Plain JSON."""
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture for each prompt and seed, in order."""

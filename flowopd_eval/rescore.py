@@ -65,7 +65,7 @@ def rescore(
         store.write_atomic(folder.samples, b"".join(lines))
         with store.changing_run(folder.out) as run:
             run["runs"][folder.entry]["request"]["scorer"] = identity
-        _aside(folder, identity).unlink()
+        journal_aside(folder, identity).unlink()
     return finish(folder, metrics)
 
 
@@ -79,9 +79,9 @@ def judge_aside(
 ) -> dict[tuple[str, int], Sample]:
     """``todo`` of a run's ``samples`` with the scores of ``scorer``, by prompt and k; the run's own stay as they are.
 
-    They grow in a journal of their own, which is the caller's to remove; an interrupted call continues there.
+    They grow in :func:`journal_aside`, which is the caller's to remove; an interrupted call continues there.
     """
-    path = _aside(folder, identity_of(scorer))
+    path = journal_aside(folder, identity_of(scorer))
     drawn = {(s.id, s.k): s.sha256 for s in samples}
     judged = [s for s in store.read_samples(path) if drawn.get((s.id, s.k)) == s.sha256]
     with closing(store.Journal(path, judged)) as journal, recorded_session(folder, "judge") as session:
@@ -89,7 +89,8 @@ def judge_aside(
     return by_picture(judged)
 
 
-def _aside(folder: BenchFolder, identity: dict[str, Any]) -> Path:
+def journal_aside(folder: BenchFolder, identity: dict[str, Any]) -> Path:
+    """Where the scores of a judge grow that is not the run's."""
     return folder.path / f"rescore-{hashlib.sha256(store.json_line(identity)).hexdigest()[:12]}.jsonl"
 
 

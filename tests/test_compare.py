@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from painting import PROMPTS, RUN, Judge, Painter
 from PIL import Image
 from rich.console import Console
 
-from flowopd_eval import cli, statistics
+from flowopd_eval import statistics
 from flowopd_eval.compare import compare_runs, find_sides, prompts_for, terminal_report
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import run_bench
@@ -499,21 +498,6 @@ def test_power_takes_two_models_and_more_than_one_prompt_a_task(runs, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ command line
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flowopd-eval", *map(str, arguments)])
-        code = 0
-        try:
-            cli.run()
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_the_commands_say_it_and_write_it(runs, command, tmp_path):

@@ -62,6 +62,15 @@ def test_a_broken_torchvision_is_found_and_the_remedy_named(tmp_path):
     assert "pip uninstall torchvision" in said
 
 
+def test_a_hub_that_does_not_answer_is_out_of_reach(tmp_path):
+    """In a process of its own, as the Hub's address is read at import: a port on which nobody listens."""
+    code = "from flowopd_eval.doctor import _hub; print([(f.name, f.state) for f in _hub()])"
+    path = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=path, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert "[('token', 'absent'), ('network', 'absent')]" in run.stdout
+
+
 def test_without_a_network_the_hub_is_out_of_reach_and_nothing_is_wrong(offline, command):
     code, said, _ = command("doctor")
     assert code == 0

@@ -40,8 +40,12 @@ def folder(tmp_path):
 
 def test_each_step_is_the_run_judged_by_that_protocol_and_the_changes_add_up(folder):
     before = folder.samples.read_bytes()
+    stopped = folder.path / "rescore-of-another.jsonl"
+    stopped.write_bytes(b"")
     explanation = explain(folder, SCORERS)
     assert folder.samples.read_bytes() == before
+    assert stopped.exists()  # a `score` by another judge can still be continued
+    stopped.unlink()
     assert json.loads((folder.path / "explain.json").read_text()) == json.loads(json.dumps(explanation.to_json()))
     assert not list(folder.path.glob("rescore-*"))
     for (_, scorer), step in zip(SCORERS, explanation.steps, strict=True):

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from flowopd_eval import cli
 from flowopd_eval.benches import OCR_SIDE, find_bench
 from flowopd_eval.errors import RequestError
 from flowopd_eval.fetched import Source
@@ -119,6 +120,15 @@ def test_a_prompt_that_nobody_could_judge_is_refused_before_anything_is_drawn(be
     assert code == 2
     assert prompt["prompt"] in errors or "'p'" in errors
     assert not (tmp_path / "run").exists()
+
+
+def test_own_prompts_need_no_network(tmp_path, monkeypatch):
+    """The bench's own cannot be had: that these are others is all there is to know."""
+    monkeypatch.setenv("FLOWOPD_CACHE", str(tmp_path))
+    monkeypatch.setattr("flowopd_eval.fetched.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    assert not cli._are_of(find_bench("ocr", "coco"), [Prompt("p", 'a sign that says "A"', "ocr")])
+    signs = find_bench("ocr", "shapes")
+    assert cli._are_of(signs, signs.prompts())
 
 
 def test_the_public_prompts_are_fetched_once_and_become_prompts(tmp_path):

@@ -117,6 +117,17 @@ def test_any_pipeline_draws_by_the_seed_alone(name, request):
     assert abs(np.asarray(other, int) - together[0]).max() > 10
 
 
+def test_a_guidance_scale_of_zero_is_drawn_with(stable_diffusion):
+    """0 is not "the pipeline's own": below 1 the pipeline leaves the unconditional forward out."""
+    scales = [0.0, 1.0, 7.5]
+    drawn = [
+        np.asarray(opened(stable_diffusion, guidance=scale).generate(PROMPTS[:1], SEEDS[:1])[0], int)
+        for scale in scales
+    ]
+    assert (drawn[0] == drawn[1]).all()
+    assert abs(drawn[0] - drawn[2]).max() > 2
+
+
 def test_a_pipeline_s_own_defaults_are_its_record(stable_diffusion, flux):
     specs = [resolve(str(folder)) for folder in (stable_diffusion, flux)]
     records = [open_models(spec.base, [spec], "cpu", None).record(spec) for spec in specs]
@@ -274,7 +285,7 @@ def test_a_function_that_fails_says_how(file, name, problem):
 
 def test_what_would_not_reach_a_function_is_refused(file, command):
     draw = f"{file}:draw"
-    for words in (("--steps", "3"), ("--lora", "x"), ("--guidance", "2")):
+    for words in (("--steps", "3"), ("--lora", "x"), ("--guidance", "2"), ("--dtype", "float32")):
         code, _, errors = command("--bench", "shapes_geneval", "--model", draw, *words, "--limit", "1")
         assert code == 2, words
         assert "painter.py:draw" in errors
