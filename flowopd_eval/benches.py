@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.models import ANYTHING
 from flowopd_eval.records import Prompt, Sample, Scorer
 
@@ -16,11 +16,25 @@ VLM_JUDGE = "Qwen/Qwen3-VL-8B-Instruct"  # GenEval 2's official one
 
 
 @dataclass(frozen=True)
-class JudgeServer:
-    """An OpenAI-compatible server for the benches that a vision-language model judges; None: the bench's own model."""
+class Judge:
+    """What a user says about the judges of a run; a bench takes from it what concerns it.
 
-    url: str
+    ``url`` and ``model`` are an OpenAI-compatible server and a model on it (None: the bench's official one);
+    ``metrics`` the preference metrics, the first of them the score (none: all); ``ocr_engine`` and ``ocr_workers`` who
+    reads, in how many processes. ``own`` (a scorer by :func:`flowopd_eval.scorers.own.own_scorer`) and ``command`` (a
+    program) judge in the bench's scorer's place, by the bench's flag. All of it comes from the user's command line.
+    """
+
+    url: str | None = None
     model: str | None = None
+    metrics: tuple[str, ...] = ()
+    ocr_engine: str = "rapidocr"
+    ocr_workers: int = 1
+    own: Mapping[str, str] = field(default_factory=dict)
+    command: Mapping[str, str] = field(default_factory=dict)
+
+
+USUAL = Judge()
 
 
 @dataclass(frozen=True)
@@ -28,8 +42,8 @@ class Bench:
     """A bench: ``flag`` on the command line, for models that draw ``objects``; ``key`` names the metric in results.
 
     ``protocols`` are those a user may choose, the first by default; ``scorer`` takes one of them or of the names in
-    ``steps``, and the judge's server. A picture is right from ``correct_at`` on; None: there is no right and wrong.
-    ``metrics`` gives the function that sums up its samples, where it is not GenEval's.
+    ``steps``, and what the user says of the judge. A picture is right from ``correct_at`` on; None: there is no right
+    and wrong. ``metrics`` gives the function that sums up its samples, where it is not GenEval's.
     """
 
     flag: str
@@ -46,7 +60,7 @@ class Bench:
     correct_at: float | None = 1.0
     metrics: Callable[[], Callable[[Sequence[Sample], float | None], dict[str, Any]]] | None = None
     check: Callable[[Prompt], None] = lambda prompt: None  # raises RequestError for a prompt nobody could judge
-    replaceable: bool = False  # a program of the user's may judge in its scorer's place
+    replaceable: bool = False  # a judge of the user's may take its scorer's place
 
 
 def _official_prompts() -> list[Prompt]:
@@ -69,23 +83,26 @@ def _sign_prompts() -> list[Prompt]:
 
 @cache
 def _coco_detector() -> Any:
-    """One detector a process, whatever the protocol."""
+    """One detector a process, whatever the protocol. Raises ``Unavailable`` where its weights cannot be had."""
     import torch
 
     from flowopd_eval.scorers.clip_colours import ClipColours
     from flowopd_eval.scorers.mask2former import Mask2FormerDetector, official_weights
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
+    try:
+        return Mask2FormerDetector(official_weights(), ClipColours(device=device), device)
+    except RequestError as error:
+        raise Unavailable(str(error)) from error
 
 
-def _coco_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+def _coco_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
     from flowopd_eval.scorers.geneval import GenEvalScorer
 
     return GenEvalScorer(_coco_detector(), protocol)
 
 
-def _shapes_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+def _shapes_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
     from flowopd_eval.scorers.geneval import GenEvalScorer
     from flowopd_eval.tiny.detector import ShapesDetector
 
@@ -110,10 +127,18 @@ def _has_clauses(prompt: Prompt) -> None:
     check_record(prompt)
 
 
-def _ocr_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
-    from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
+def _ocr_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
+    return _reader(judge.ocr_engine, judge.ocr_workers)
 
-    return OCRScorer(RapidOCREngine(OCR_SIDE))
+
+@cache
+def _reader(engine: str, workers: int) -> Scorer:
+    """One set of worker processes, whatever the number of models and benches."""
+    from flowopd_eval.scorers.ocr import ENGINES, OCRScorer
+
+    if engine not in ENGINES:
+        raise RequestError(f"Unknown OCR engine {engine!r}; known: {', '.join(ENGINES)}.")
+    return OCRScorer(ENGINES[engine](OCR_SIDE), workers)
 
 
 def _drawbench_prompts() -> list[Prompt]:
@@ -123,17 +148,17 @@ def _drawbench_prompts() -> list[Prompt]:
 
 
 @cache
-def _preference_judge() -> Scorer:
+def _preference_judge(metrics: tuple[str, ...]) -> Scorer:
     """One judge a process: its models take about 10 GB."""
     import torch
 
-    from flowopd_eval.scorers.preference import PreferenceScorer
+    from flowopd_eval.scorers.preference import METRICS, PreferenceScorer
 
-    return PreferenceScorer(device="cuda" if torch.cuda.is_available() else "cpu")
+    return PreferenceScorer(metrics or METRICS, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _preference_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
-    return _preference_judge()
+def _preference_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
+    return _preference_judge(judge.metrics)
 
 
 def _quality_prompts() -> list[Prompt]:
@@ -142,7 +167,7 @@ def _quality_prompts() -> list[Prompt]:
     return quality_prompts()
 
 
-def _quality_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+def _quality_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
     from flowopd_eval.tiny.quality import QualityScorer
 
     return QualityScorer()
@@ -154,28 +179,28 @@ def _geneval2_prompts() -> list[Prompt]:
     return geneval2_prompts()
 
 
-def _geneval2_scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+def _geneval2_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
     from flowopd_eval.scorers.geneval2 import GenEval2Scorer
     from flowopd_eval.scorers.vlm import VLMClient
 
-    if server is None:
+    if judge.url is None:
         raise RequestError(
             f"GenEval 2 is judged by a vision-language model: start one (`vllm serve {VLM_JUDGE}`) and give "
             "--judge-url http://localhost:8000/v1."
         )
-    return GenEval2Scorer(VLMClient(server.url, server.model or VLM_JUDGE))
+    return GenEval2Scorer(VLMClient(judge.url, judge.model or VLM_JUDGE))
 
 
 def _writing_judge(rubric: str, model: str) -> Callable[..., Scorer]:
     """A model that writes points by a rubric of :mod:`flowopd_eval.scorers.judges`."""
 
-    def scorer(protocol: str, server: JudgeServer | None = None) -> Scorer:
+    def scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
         from flowopd_eval.scorers.judges import RUBRICS, JudgeScorer
         from flowopd_eval.scorers.vlm import VLMClient
 
-        if server is None:
+        if judge.url is None:
             raise RequestError(f"{rubric} asks a model: start one (`vllm serve {model}`) and give --judge-url URL.")
-        return JudgeScorer(VLMClient(server.url, server.model or model), RUBRICS[rubric])
+        return JudgeScorer(VLMClient(judge.url, judge.model or model), RUBRICS[rubric])
 
     return scorer
 
@@ -186,6 +211,86 @@ def external_scorer(command: tuple[str, ...]) -> Scorer:
     from flowopd_eval.scorers.external import ExternalScorer
 
     return ExternalScorer(command)
+
+
+@cache
+def _own_scorer(name: str) -> Scorer:
+    """One a name, whatever the number of models and benches."""
+    from flowopd_eval.scorers.own import own_scorer
+
+    return own_scorer(name)
+
+
+def _compbench_prompts() -> list[Prompt]:
+    from flowopd_eval.compbench import compbench_prompts
+
+    return compbench_prompts()
+
+
+def _has_category(prompt: Prompt) -> None:
+    from flowopd_eval.compbench import check_category
+
+    check_category(prompt)
+
+
+@cache
+def _non_spatial_judge() -> Scorer:
+    """One CLIP a process. Raises ``Unavailable`` where its weights cannot be had."""
+    import torch
+
+    from flowopd_eval.compbench import NonSpatialScorer
+
+    scorer = NonSpatialScorer(device="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        scorer.identity()
+    except RequestError as error:
+        raise Unavailable(str(error)) from error
+    return scorer
+
+
+def _compbench_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
+    return _non_spatial_judge()
+
+
+def _compbench_metrics() -> Callable[[Sequence[Sample], float | None], dict[str, Any]]:
+    from flowopd_eval.compbench import compbench_metrics
+
+    return compbench_metrics
+
+
+def _named_by_the_user(flag: str, option: str) -> Callable[..., Scorer]:
+    """The place of a judge that a bench does not have itself."""
+
+    def scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
+        raise Unavailable(f"--bench {flag} has no judge of its own here: name one with {option}.")
+
+    return scorer
+
+
+def _prompts_of_the_user() -> list[Prompt]:
+    raise RequestError("--bench own judges prompts of your own: give --prompts FILE.")
+
+
+def scorer_of(bench: Bench, protocol: str, judge: Judge) -> Scorer:
+    """The bench's judge, or what the user named in its place.
+
+    Raises:
+        RequestError: a judge that cannot take this bench's place, or that is not to be had.
+    """
+    import shlex
+
+    named = [
+        option
+        for option, names in (("--scorer", judge.own), ("--scorer-command", judge.command))
+        if bench.flag in names
+    ]
+    if not named:
+        return bench.scorer(protocol, judge)
+    if len(named) > 1 or not bench.replaceable:
+        raise RequestError(f"--bench {bench.flag}: {' and '.join(named)} cannot take this bench's judge's place.")
+    if bench.flag in judge.own:
+        return _own_scorer(judge.own[bench.flag])
+    return external_scorer(tuple(shlex.split(judge.command[bench.flag])))
 
 
 def _geneval2_metrics() -> Callable[[Sequence[Sample], float | None], dict[str, Any]]:
@@ -259,13 +364,68 @@ BENCHES: tuple[Bench, ...] = (
     Bench(
         "preference",
         "coco",
-        "pickscore",
+        "preference",
         1,
         "Preference",
         "DrawBench's 200 prompts: PickScore, and HPS v2.1, Aesthetic v2 and CLIPScore besides (arXiv 2305.01569)",
         _drawbench_prompts,
         _preference_scorer,
         protocols=("raw",),
+        correct_at=None,
+        replaceable=True,
+    ),
+    Bench(
+        "preference",
+        "shapes",
+        "shapes_preference",
+        1,
+        "Preference (miniature)",
+        "the same metrics on the miniature's prompts, which they were not made for",
+        _quality_prompts,
+        _preference_scorer,
+        protocols=("raw",),
+        correct_at=None,
+        replaceable=True,
+    ),
+    Bench(
+        "deqa",
+        "coco",
+        "deqa",
+        1,
+        "DeQA",
+        "DrawBench's 200 prompts, picture quality of 1 to 5 by DeQA-Score in an environment of its own",
+        _drawbench_prompts,
+        _named_by_the_user("deqa", '--scorer-command "PYTHON examples/external_scorers/deqa/scorer.py"'),
+        protocols=("raw",),
+        correct_at=None,
+        replaceable=True,
+    ),
+    Bench(
+        "compbench",
+        "coco",
+        "compbench",
+        1,
+        "T2I-CompBench++",
+        "8 times 300 prompts, ten pictures each: non-spatial by CLIP here, the rest by the official tools, for which "
+        "`report --format compbench` writes the pictures (arXiv 2307.06350)",
+        _compbench_prompts,
+        _compbench_scorer,
+        samples=10,
+        protocols=("clip-cosine",),
+        correct_at=None,
+        metrics=_compbench_metrics,
+        check=_has_category,
+    ),
+    Bench(
+        "own",
+        ANYTHING,
+        "own",
+        1,
+        "A judge of your own",
+        "prompts and a scorer that you name: --prompts FILE --scorer FILE.py:CLASS",
+        _prompts_of_the_user,
+        _named_by_the_user("own", "--scorer FILE.py:CLASS"),
+        protocols=("own",),
         correct_at=None,
         replaceable=True,
     ),
@@ -279,6 +439,7 @@ BENCHES: tuple[Bench, ...] = (
         _quality_prompts,
         _quality_scorer,
         correct_at=None,
+        replaceable=True,
     ),
     Bench(
         "unifiedreward",
@@ -320,6 +481,20 @@ BENCHES: tuple[Bench, ...] = (
 )
 
 
+# `--bench paper`: the columns of the paper's Table 2, by what a model draws.
+PAPER = "paper"
+PAPER_FLAGS = {
+    "coco": ("geneval", "ocr", "deqa", "preference"),
+    "shapes": ("geneval", "ocr", "quality", "preference"),
+}
+
+
+def flags_for(flags: Sequence[str], objects: str) -> list[str]:
+    """The benches that ``flags`` ask of a model that draws ``objects``, ``paper`` spelled out."""
+    of_paper = PAPER_FLAGS.get(objects, PAPER_FLAGS["coco"])
+    return list(dict.fromkeys(one for flag in flags for one in (of_paper if flag == PAPER else (flag,))))
+
+
 def find_bench(flag: str, objects: str) -> Bench:
     """The bench ``flag`` for a model that draws ``objects``.
 
@@ -337,9 +512,9 @@ def find_bench(flag: str, objects: str) -> Bench:
     if flag not in flags:
         raise RequestError(f"Unknown bench {flag!r}; known: {', '.join(flags)}. `flowopd-eval benches` describes them.")
     for bench in BENCHES:
-        if (bench.flag, bench.objects) == (flag, objects):
+        if bench.flag == flag and bench.objects in (objects, ANYTHING):
             return bench
-    fitting = ", ".join(bench.flag for bench in BENCHES if bench.objects == objects)
+    fitting = ", ".join(bench.flag for bench in BENCHES if bench.objects in (objects, ANYTHING))
     raise RequestError(f"Bench {flag!r} is not there for models that draw {objects}; there is: {fitting}.")
 
 

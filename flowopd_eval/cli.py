@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.errors import RequestError, Unavailable, WorkError
 
 if TYPE_CHECKING:
-    from flowopd_eval.benches import Bench, JudgeServer
+    from flowopd_eval.benches import Bench, Judge
     from flowopd_eval.harness import BenchRun, Metrics, Progress
     from flowopd_eval.models import ModelSpec
-    from flowopd_eval.records import Prompt, SamplingRecord, Scorer
+    from flowopd_eval.records import Prompt, SamplingRecord
     from flowopd_eval.store import Shard
 
 app = typer.Typer(
@@ -61,9 +61,30 @@ JudgeUrlOption = Annotated[
         "from OPENAI_API_KEY."
     ),
 ]
-ScorerCommandOption = Annotated[
-    str | None, typer.Option(help="Program that judges in the bench's scorer's place (ocr, preference); it is run.")
+ScorerOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[BENCH=]NAME",
+        help="Judge of your own, in the bench's judge's place: FILE.py:CLASS (it is "
+        "run), or an entry point's name; repeatable.",
+    ),
 ]
+ScorerCommandOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[BENCH=]COMMAND",
+        help="Program that judges in the bench's judge's place (it is run): ocr, "
+        "preference, quality, deqa; repeatable.",
+    ),
+]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="For preference: pickscore, hps_v2_1, aesthetic_v2, clip_score; repeatable, the first is the score."
+    ),
+]
+OcrEngineOption = Annotated[str, typer.Option(help="For ocr: rapidocr or paddle3.")]
+OcrWorkersOption = Annotated[int, typer.Option(min=1, help="For ocr: processes that read.")]
 JudgeModelOption = Annotated[str | None, typer.Option(help="Model on that server (default: the bench's official one).")]
 ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
 AcrossOption = Annotated[
@@ -91,8 +112,7 @@ class Settings:
     protocol: str | None
     prompts: Path | None
     shard: str | None
-    server: JudgeServer | None
-    command: str | None
+    judge: Judge
 
 
 def _version(value: bool) -> None:
@@ -124,6 +144,10 @@ def main(
     shard: ShardOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
+    metric: MetricOption = None,
+    ocr_engine: OcrEngineOption = "rapidocr",
+    ocr_workers: OcrWorkersOption = 1,
+    scorer: ScorerOption = None,
     scorer_command: ScorerCommandOption = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
 ) -> None:
@@ -136,7 +160,8 @@ def main(
         raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, protocol, prompts, shard, _server(judge_url, judge_model), scorer_command),
+                 device, protocol, prompts, shard,
+                 _judge(bench, judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)),
         score=True,
     )  # fmt: skip
 
@@ -160,11 +185,13 @@ def generate(
     shard: ShardOption = None,
 ) -> None:
     """Only draw a bench's pictures; `score` judges them later."""
+    from flowopd_eval.benches import Judge
+
     if not bench:
         raise RequestError("Nothing to draw: name a bench (`--bench geneval`).")
     _draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
-                 device, None, prompts, shard, None, None),
+                 device, None, prompts, shard, Judge()),
         score=False,
     )  # fmt: skip
 
@@ -182,6 +209,10 @@ def score(
     protocol: ProtocolOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
+    metric: MetricOption = None,
+    ocr_engine: OcrEngineOption = "rapidocr",
+    ocr_workers: OcrWorkersOption = 1,
+    scorer: ScorerOption = None,
     scorer_command: ScorerCommandOption = None,
     again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,
 ) -> None:
@@ -190,19 +221,22 @@ def score(
     Of a results.jsonl of GenEval's own, the numbers with intervals, and each verdict replayed from its boxes.
     """
     from flowopd_eval import harness, rescore, store
-    from flowopd_eval.benches import bench_by_key
+    from flowopd_eval.benches import bench_by_key, scorer_of
 
     if folder.is_file():
         _replay(folder)
         return
-    server = _server(judge_url, judge_model)
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder. Give a run, or a folder with NNNNN/metadata.jsonl and samples/.")
     if (folder / "run.json").exists():
         out, folders = folder, store.bench_folders(folder)
+        flags = [entry.request()["bench"] for entry in folders]
     else:
         kind = bench_by_key(bench)
-        _scorer(kind, _protocol(kind, protocol), server, scorer_command).identity()  # first: it may lack something
+        flags = [kind.flag]
+    judge = _judge(flags, judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)
+    if not (folder / "run.json").exists():
+        scorer_of(kind, _protocol(kind, protocol), judge).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
@@ -214,8 +248,8 @@ def score(
         recorded = (request["scorer"] or {}).get("protocol")
         own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
         with _progress() as progress:
-            scorer = _scorer(kind, _protocol(kind, own), server, scorer_command)
-            rescore.rescore(entry, scorer, again=again, metrics=_metrics(kind), progress=progress)
+            chosen = scorer_of(kind, _protocol(kind, own), judge)
+            rescore.rescore(entry, chosen, again=again, metrics=_metrics(kind), progress=progress)
     _conclude(out)
 
 
@@ -255,7 +289,8 @@ def report(
         list[str] | None,
         typer.Option(
             "--format",
-            help="Also write DIR/export: md, csv, latex, json, model-index, eval-results, geneval; repeatable.",
+            help="Also write DIR/export: md, csv, latex, json, model-index, eval-results; geneval and compbench "
+            "write a folder; repeatable.",
         ),
     ] = None,
     hub_dataset: Annotated[
@@ -267,20 +302,24 @@ def report(
     ] = None,
 ) -> None:
     """Merge a run's shards, sum it up, and write its report.html."""
-    from flowopd_eval import export, official, store
+    from flowopd_eval import compbench_layout, export, official, store
 
     datasets = dict(map(_hub_dataset, hub_dataset or ()))
     _conclude(folder)
     if formats:
         summaries = json.loads((folder / "summary.json").read_bytes())["models"]
         results = export.Results(summaries, store.read_run(folder), datasets, source_url)
-        texts = [name for name in formats if name != "geneval"]
-        paths = export.write_exports(folder, results, texts)
-        if "geneval" in formats:
-            chosen = [entry for entry in store.bench_folders(folder) if entry.request()["bench"] == "geneval"]
+        folders = {
+            "geneval": lambda entry, place: [official.write_folder(entry, place)],
+            "compbench": compbench_layout.write_layout,
+        }
+        paths = export.write_exports(folder, results, [name for name in formats if name not in folders])
+        for bench in [name for name in formats if name in folders]:
+            chosen = [entry for entry in store.bench_folders(folder) if entry.request()["bench"] == bench]
             if not chosen:
-                raise RequestError(f"{folder} has no bench in GenEval's layout: --format geneval writes nothing.")
-            paths += [official.write_folder(entry, folder / "export" / entry.entry) for entry in chosen]
+                raise RequestError(f"{folder} holds no run of --bench {bench}: --format {bench} writes nothing.")
+            for entry in chosen:
+                paths += folders[bench](entry, folder / "export" / entry.entry)
         for path in paths:
             typer.echo(f"Export: {path}")
 
@@ -360,11 +399,13 @@ def benches() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from flowopd_eval.benches import BENCHES
+    from flowopd_eval.benches import BENCHES, PAPER, PAPER_FLAGS
 
     table = Table("--bench", "for", "metric", "version", "what it measures", title="Benches", title_justify="left")
     for bench in BENCHES:
         table.add_row(bench.flag, bench.objects, bench.key, str(bench.version), f"{bench.title}: {bench.about}")
+    columns = "; ".join(f"for {objects}: {', '.join(flags)}" for objects, flags in PAPER_FLAGS.items())
+    table.add_row(PAPER, "", "", "", f"Table 2 of the paper, beside the paper's numbers: {columns}")
     Console().print(table)
 
 
@@ -456,17 +497,17 @@ def _weighted_source(text: str) -> tuple[str, float]:
 
 
 def _draw(settings: Settings, *, score: bool) -> None:
-    from flowopd_eval import harness
-    from flowopd_eval.benches import find_bench
+    from flowopd_eval import harness, store
+    from flowopd_eval.benches import PAPER, find_bench, flags_for
     from flowopd_eval.models import resolve
     from flowopd_eval.others import open_models
 
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
-    work = [(spec, find_bench(flag, spec.objects)) for spec in specs for flag in dict.fromkeys(settings.benches)]
+    work = [(s, find_bench(flag, s.objects)) for s in specs for flag in flags_for(settings.benches, s.objects)]
     device = _device(settings.device)
     by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
     opened = {base: open_models(base, mine, device, settings.dtype) for base, mine in by_base.items()}
-    plans = [(spec, _bench_run(settings, bench, spec, score=score)) for spec, bench in work]
+    plans, lacking = _plans(settings, work, score=score)
     shard = _shard(settings.shard)
     if settings.out is None and shard.count > 1:
         raise RequestError("Parts of one run need one folder: give --out DIR, the same for each part.")
@@ -481,17 +522,57 @@ def _draw(settings: Settings, *, score: bool) -> None:
                 generator = models.generator(spec, _record(settings, models.record(spec)))
                 with _progress() as progress:
                     harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
+    store.note_unavailable(out, lacking)
     if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
         return
     _conclude(out)
+    if PAPER in settings.benches:
+        _beside_the_paper(out)
+
+
+def _beside_the_paper(out: Path) -> None:
+    from rich.console import Console
+
+    from flowopd_eval import paper, store
+
+    result = paper.beside_paper(json.loads((out / "summary.json").read_bytes())["models"])
+    Console().print(paper.terminal_report(result), crop=False)
+    store.write_json(out / "paper.json", result.to_json())
+    typer.echo(f"Written to {out / 'paper.json'}.")
+
+
+def _plans(
+    settings: Settings, work: Sequence[tuple[ModelSpec, Bench]], *, score: bool
+) -> tuple[list[tuple[ModelSpec, BenchRun]], dict[str, str | None]]:
+    """What can be run; and of each bench, by its metric's key, what its judge lacks, or None.
+
+    Raises:
+        Unavailable: no bench that was asked for has a judge.
+    """
+    plans: list[tuple[ModelSpec, BenchRun]] = []
+    lacking: dict[str, str | None] = {}
+    for spec, bench in work:
+        try:
+            run = _bench_run(settings, bench, spec, score=score)
+            if run.scorer:
+                run.scorer.identity()  # it may lack something
+        except Unavailable as error:
+            lacking[bench.key] = str(error)
+        else:
+            lacking[bench.key] = None
+            plans.append((spec, run))
+    if not plans:
+        raise Unavailable("\n".join(filter(None, lacking.values())))
+    return plans, lacking
 
 
 def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
+    from flowopd_eval.benches import scorer_of
     from flowopd_eval.drawbench import refuse_unscreened
     from flowopd_eval.harness import BenchRun
     from flowopd_eval.prompts import read_prompts
 
-    protocol = _protocol(bench, settings.protocol)
+    protocol = _protocol(bench, _protocol_of_the_paper(settings, bench))
     if settings.prompts:
         refuse_unscreened(settings.prompts)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
@@ -506,7 +587,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         key=bench.key,
         version=bench.version,
         prompts=tuple(chosen),
-        scorer=_scorer(bench, protocol, settings.server, settings.command) if score else None,
+        scorer=scorer_of(bench, protocol, settings.judge) if score else None,
         samples=settings.samples or bench.samples,
         seed=settings.seed,
         batch_size=settings.batch_size or default_batch,
@@ -514,6 +595,16 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         correct_at=bench.correct_at,
         metrics=_metrics(bench),
     )
+
+
+def _protocol_of_the_paper(settings: Settings, bench: Bench) -> str | None:
+    """The protocol asked for; for ``--bench paper``, GenEval's is Flow-GRPO's, and the others have one each."""
+    from flowopd_eval.benches import PAPER
+    from flowopd_eval.scorers.geneval import FLOW_GRPO
+
+    if PAPER not in settings.benches:
+        return settings.protocol
+    return (settings.protocol or FLOW_GRPO.name) if bench.flag == "geneval" else None
 
 
 def _are_of(bench: Bench, prompts: Sequence[Prompt]) -> bool:
@@ -532,25 +623,48 @@ def _metrics(bench: Bench) -> Metrics:
     return bench.metrics() if bench.metrics else standard_metrics
 
 
-def _scorer(bench: Bench, protocol: str, server: JudgeServer | None, command: str | None) -> Scorer:
-    """The bench's judge, or the program of the command line: never one that a run names."""
-    import shlex
-
-    from flowopd_eval.benches import external_scorer
-
-    if command is None:
-        return bench.scorer(protocol, server)
-    if not bench.replaceable:
-        raise RequestError(f"{bench.flag}: --scorer-command cannot take this bench's judge's place.")
-    return external_scorer(tuple(shlex.split(command)))
-
-
-def _server(url: str | None, model: str | None) -> JudgeServer | None:
-    from flowopd_eval.benches import JudgeServer
+def _judge(
+    benches: Sequence[str],
+    url: str | None,
+    model: str | None,
+    metrics: Sequence[str] | None,
+    ocr_engine: str,
+    ocr_workers: int,
+    own: Sequence[str] | None,
+    commands: Sequence[str] | None,
+) -> Judge:
+    """What the options say of the judges; never what a run names."""
+    from flowopd_eval.benches import Judge
 
     if url is None and model is not None:
         raise RequestError(f"--judge-model {model} needs the server that has it: give --judge-url.")
-    return JudgeServer(url, model) if url else None
+    return Judge(
+        url,
+        model,
+        tuple(metrics or ()),
+        ocr_engine,
+        ocr_workers,
+        _by_bench("--scorer", own, benches),
+        _by_bench("--scorer-command", commands, benches),
+    )
+
+
+def _by_bench(option: str, values: Sequence[str] | None, benches: Sequence[str]) -> dict[str, str]:
+    """``BENCH=VALUE``, or a value alone where one bench is asked for, as bench -> value."""
+    from flowopd_eval.benches import PAPER_FLAGS, flags_for
+
+    found: dict[str, str] = {}
+    flags = list(dict.fromkeys(flag for objects in PAPER_FLAGS for flag in flags_for(benches, objects)))
+    for value in values or ():
+        flag, sign, rest = value.partition("=")
+        if not (sign and flag in flags):
+            if len(flags) > 1:
+                raise RequestError(f"{option} {value}: say which bench it judges, as in {option} '{flags[0]}={value}'.")
+            flag, rest = flags[0], value
+        if flag in found:
+            raise RequestError(f"{option}: {flag} was given two judges, {found[flag]!r} and {rest!r}.")
+        found[flag] = rest
+    return found
 
 
 def _protocol(bench: Bench, wanted: str | None) -> str:
@@ -681,8 +795,8 @@ def _conclude(out: Path) -> None:
     from flowopd_eval.models import REAL_MODEL_HELP
 
     page = reporting.write_report(out, {bench.key: _metrics(bench) for bench in BENCHES})
-    summaries = json.loads((out / "summary.json").read_bytes())["models"]  # as the report has just written them
-    Console().print(reporting.terminal_table(summaries))
+    summary = json.loads((out / "summary.json").read_bytes())  # as the report has just written it
+    Console().print(reporting.terminal_table(summary["models"], summary["unavailable"]))
     note = store.read_run(out)["note"]
     lines = [
         note,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from flowopd_eval.errors import RequestError
@@ -22,7 +23,8 @@ def fetch_files(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
 
     repo, _, revision = source.removeprefix("hub:").partition("@")
     with _explained(repo, revision):
-        folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(patterns)))
+        known = {"revision": revision or None, "allow_patterns": list(patterns)}
+        folder = Path(snapshot_download(repo, **known, local_files_only=not hub_answers()))
     return folder, f"hub:{repo}@{folder.name}"
 
 
@@ -32,7 +34,31 @@ def list_files(source: str) -> list[str]:
 
     repo, _, revision = source.removeprefix("hub:").partition("@")
     with _explained(repo, revision):
+        if not hub_answers():
+            raise ConnectionError
         return list_repo_files(repo, revision=revision or None)
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached from here: one short try a process.
+
+    Without a network the client would repeat every request for half a minute, and say so each time.
+    """
+    from huggingface_hub import constants
+
+    return _answers(constants.ENDPOINT)
+
+
+@cache
+def _answers(endpoint: str) -> bool:
+    from huggingface_hub import get_session
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        get_session().head(endpoint, timeout=10)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 @contextmanager

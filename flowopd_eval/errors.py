@@ -8,5 +8,12 @@ class RequestError(ValueError):
     """
 
 
+class Unavailable(RequestError):
+    """A judge lacks weights or a package. The message ends with the command that provides them.
+
+    Where other benches can be judged, this one is reported as unavailable and they go on.
+    """
+
+
 class WorkError(RuntimeError):
     """The request was right and the work failed: a full disk, a model that draws NaN. Exit code 1."""

@@ -469,8 +469,10 @@ def summarise(
     metrics: Metrics = standard_metrics,
 ) -> dict[str, Any]:
     """``summary.json``: metrics, counts, why it is partial (or null), and all that makes it comparable."""
-    unscored = sum(sample.score is None for sample in samples)
     computed = metrics(samples, request["correct_at"])
+    without = sum(sample.score is None for sample in samples)
+    # What is for other tools to judge is no failure of this one.
+    unscored = without - sum(one["pictures"] for one in computed.get("not_computed", {}).values())
     if mean_over(request) == "images":
         computed["overall"] = computed["images"]
     reasons = [request["partial"]] if request["partial"] else []
@@ -483,7 +485,7 @@ def summarise(
         "schema": store.SCHEMA,
         **{field: request[field] for field in same},
         "metrics": computed,
-        "n": len(samples) - unscored,
+        "n": len(samples) - without,
         "unscored": unscored,
         "expected": request["prompts"] * request["samples"],
         "partial": "; ".join(reasons) or None,

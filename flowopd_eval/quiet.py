@@ -7,7 +7,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_CHATTY = ("diffusers", "transformers", "huggingface_hub", "peft", "accelerate", "rapidocr", "RapidOCR")
+_CHATTY = (
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "peft",
+    "accelerate",
+    "rapidocr",
+    "RapidOCR",
+    "paddlex",
+    "paddleocr",
+)
 
 
 @contextmanager

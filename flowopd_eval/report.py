@@ -43,10 +43,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as read from its folder; ``note`` says in plain words what was evaluated."""
+    """A run as read from its folder; ``note`` says in plain words what was evaluated.
+
+    ``unavailable`` says, by metric key, why a bench that was asked for could not be judged.
+    """
 
     note: str
     entries: list[Entry]
+    unavailable: dict[str, str]
 
 
 def load_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Run:
@@ -62,7 +66,7 @@ def load_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Run:
         samples, missing = collect(folder)
         summary = summarise(request, samples, missing, (metrics or {}).get(request["key"], standard_metrics))
         entries.append(Entry(folder, summary, samples, run["runs"][folder.entry].get("sessions", [])))
-    return Run(str(run.get("note", "")), entries)
+    return Run(str(run.get("note", "")), entries, store.unavailable(run))
 
 
 def summarise_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> dict[str, dict[str, dict[str, Any]]]:
@@ -73,15 +77,19 @@ def summarise_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> di
         summary = finish(folder, (metrics or {}).get(key, standard_metrics))
         summaries.setdefault(summary["model"], {})[summary["bench"]] = summary
     in_order = {model: dict(sorted(benches.items())) for model, benches in sorted(summaries.items())}
-    store.write_json(out / "summary.json", {"schema": store.SCHEMA, "models": in_order})
+    lacking = store.unavailable(store.read_run(out))
+    store.write_json(out / "summary.json", {"schema": store.SCHEMA, "models": in_order, "unavailable": lacking})
     return summaries
 
 
 # ---------------------------------------------------------------------------------------------------------- terminal
 
 
-def terminal_table(summaries: Summaries) -> Group:
-    """Tasks by models, each ``mean ± half of the 95 % interval``. Three models fit into 80 columns."""
+def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None = None) -> Group:
+    """Tasks by models, each ``mean ± half of the 95 % interval``. Three models fit into 80 columns.
+
+    ``unavailable`` says, by metric key, why a bench that was asked for could not be judged.
+    """
     from rich.console import Group
     from rich.table import Table
 
@@ -104,6 +112,8 @@ def terminal_table(summaries: Summaries) -> Group:
         if any(summary["unscored"] for summary in shown):
             table.add_row("  unscored", *(_text(f"{s['unscored']:,}" if s else "–") for s in columns), style="yellow")
         table.add_section()
+    for key in unavailable or ():
+        table.add_row(_text(key), *("unavailable" for _ in summaries), style="yellow")
     partial = [
         f"* {model}, {summary['key']}: {summary['partial']}"
         for model, benches in summaries.items()
@@ -113,7 +123,14 @@ def terminal_table(summaries: Summaries) -> Group:
     legend = "bold: overall (mean over tasks, or what the protocol says); all: ± half of the 95 % interval"
     explained = _text("\n".join([legend, *partial]))
     explained.stylize("dim italic")
-    return Group(table, explained)
+    elsewhere = [
+        _text(f"{model}, {summary['key']}: {category} is not computed here, but by {one['official']}")
+        for model, benches in summaries.items()
+        for summary in benches.values()
+        for category, one in summary["metrics"].get("not_computed", {}).items()
+    ]
+    reasons = [_text(f"{key} is unavailable: {why}") for key, why in (unavailable or {}).items()]
+    return Group(table, explained, *elsewhere, *reasons)
 
 
 def _text(text: str) -> Text:
@@ -150,6 +167,7 @@ def write_report(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Pat
         benches=[_bench(entries) for entries in _by_bench(run.entries)],
         entries=run.entries,
         partial=[entry.summary for entry in run.entries if entry.summary["partial"]],
+        unavailable=run.unavailable,
         provenance=[_provenance(entry) for entry in run.entries],
         gallery=[_gallery(entry) for entry in run.entries],
         verdicts=_VERDICTS,

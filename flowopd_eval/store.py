@@ -380,6 +380,19 @@ def changing_run(out: Path) -> Iterator[dict[str, Any]]:
             write_json(out / "run.json", run)
 
 
+def note_unavailable(out: Path, lacking: Mapping[str, str | None]) -> None:
+    """Enter in ``run.json`` what the judge of each metric key lacks; None takes back what was said before."""
+    with changing_run(out) as run:
+        known = {**unavailable(run), **lacking}
+        run["unavailable"] = {key: why for key, why in known.items() if why}
+
+
+def unavailable(run: Mapping[str, Any]) -> dict[str, str]:
+    """Metric key -> why it could not be judged, as ``run.json`` says; anything else there is left out."""
+    said = run.get("unavailable")
+    return {str(key): why for key, why in said.items() if isinstance(why, str)} if isinstance(said, dict) else {}
+
+
 def bench_folders(out: Path) -> list[BenchFolder]:
     """The folders of a run, in the order in which they were asked for. Raises ``RequestError``."""
     return [BenchFolder(out, entry) for entry in read_run(out)["runs"]]

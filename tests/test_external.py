@@ -409,7 +409,7 @@ def test_the_paddleocr_example_speaks_the_protocol(stand_in):
     assert "no memory" in scores[3].error
     assert "IndexError" in scores[4].error
     said = {key: identity[key] for key in ("name", "rule", "version", "paddlepaddle")}
-    assert said == {"name": "paddleocr", "rule": "flow-grpo", "version": "2.9.1", "paddlepaddle": "2.6.2"}
+    assert said == {"name": "paddleocr", "rule": "flow-grpo", "version": "2.9.1", "paddlepaddle": "2.6.2", "lang": "en"}
 
 
 def test_the_paddleocr_example_has_the_toolkits_rule():

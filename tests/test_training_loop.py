@@ -33,6 +33,7 @@ from training.data import Mixture, task_prompts
 from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
 from training.loop import Parallel, averaged, check_processes, train
+from training.nft import NFT
 from training.policies import STUDENT, Policies
 from training.state import Checkpoints
 from training.watch import Alarms
@@ -44,6 +45,7 @@ STAGES = {
     "direct": ("distill", Distillation, {}),
     "policy_gradient": ("distill", PolicyGradient, {"objective": "policy_gradient", "group_size": 2}),
     "grpo": ("grpo", GRPO, {}),
+    "nft": ("nft", NFT, {}),
     "sft": ("sft", SFT, {}),
 }
 forked = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked")
@@ -255,7 +257,7 @@ def test_the_exported_adapter_is_the_same_student_in_stock_diffusers(tiny, tmp_p
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("kind", "changes"), [("direct", {}), ("grpo", {"updates": 2}), ("sft", {})])
+@pytest.mark.parametrize(("kind", "changes"), [("direct", {}), ("grpo", {"updates": 2}), ("nft", {}), ("sft", {})])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, changes, tiny, tmp_path):
     changes = changes | {"optimizer": {"learning_rate": 1e-2, "ema_every": 1, "warmup_steps": 4}}
     for folder, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
@@ -410,6 +412,7 @@ def by_command(tiny, kind, out, changes):
         pytest.param("direct", by_fork, {"rollout": {"steps": 2, "window": 1}}, marks=forked),
         pytest.param("grpo", by_fork, {}, marks=forked),
         pytest.param("grpo", by_fork, {"updates": 2}, marks=forked),
+        pytest.param("nft", by_fork, {"guidance": 3.0}, marks=forked),
         *(pytest.param(kind, by_command, {}, marks=pytest.mark.slow) for kind in STAGES),
     ],
 )
@@ -456,6 +459,23 @@ def test_a_picture_without_a_judgement_is_counted_and_left_out(tiny, tmp_path):
     assert line["unscored"] == line["groups_without_variance"] == 0.5
     assert 0 < line["reward/x"] < 1
     assert line["grad_norm"] > 0
+
+
+def test_nft_contrasts_the_groups_that_differ_and_counts_what_is_not_judged(tiny, tmp_path):
+    (tmp_path / "x.txt").write_text("a red star\na green star\n")
+    task = {"name": "x", "prompts": str(tmp_path / "x.txt"), "held_out": 0, "rewards": {tiny.reward("Bright"): 1.0}}
+    run(tiny, "nft", tmp_path, tasks=[task], steps=1, updates=2)
+    (line,) = log(tmp_path)
+    assert line["unscored"] == line["groups_without_variance"] == 0.5
+    assert line["grad_norm"] > 0
+    assert line["moved"] > 0  # of the second update: the first starts where the pictures were drawn
+
+
+def test_nft_makes_good_pictures_likelier(tiny, tmp_path):
+    settings = {"optimizer": {"learning_rate": 5e-3, "ema": 0.0, "ema_every": 1}, "batch_size": 16, "micro_batch": 8}
+    run(tiny, "nft", tmp_path, steps=12, group_size=8, **settings)
+    rewards = [np.mean([line["reward/signs"]]) for line in log(tmp_path)]
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
 
 
 def test_noise_stops_the_run_and_pictures_do_not(tmp_path):

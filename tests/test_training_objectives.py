@@ -233,3 +233,37 @@ def test_the_trust_rule_drops_what_has_left_and_would_go_on(kl: float, ratio: fl
     trusted = partial(objectives.trusted_surrogate, kl_to_old=torch.tensor([kl], dtype=torch.float64), tau=1e-5)
     dropped = kl >= 1e-5 and (ratio - 1) * advantage > 0
     assert at(ratio, advantage, trusted) == ((0.0, 0.0) if dropped else at(ratio, advantage, objectives.surrogate))
+
+
+# --- DiffusionNFT ----------------------------------------------------------------------------------------------------
+def test_the_contrast_is_least_where_good_and_bad_pictures_put_it() -> None:
+    v_old, target = normal(0, 5, 2, 3, 3), normal(1, 5, 2, 3, 3)
+    r, beta = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double(), 0.5
+    # Stationary at v_old + (2 r - 1) / beta (v* - v_old), by setting the gradient to zero by hand.
+    best = v_old + ((2 * r - 1) / beta)[:, None, None, None] * (target - v_old)
+    v = best.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(objectives.contrast(v, v_old, target, r, beta).sum(), v)
+    torch.testing.assert_close(gradient, torch.zeros_like(v), atol=1e-12, rtol=0)
+    least = objectives.contrast(best, v_old, target, r, beta)
+    assert (objectives.contrast(best + 0.1 * normal(2, *best.shape), v_old, target, r, beta) > least).all()
+
+
+def test_what_a_group_has_in_common_cancels_from_the_contrast() -> None:
+    theta = normal(3, 2, 3).requires_grad_()
+    x, target, common = normal(4, 6, 2, 3, 3), normal(5, 6, 2, 3, 3), normal(6, 2, 3, 3)
+    x = x[:1].expand_as(x)  # one state: what is asked of it differs
+    advantage = objectives.group_advantage(torch.tensor([0.0, 0.2, 0.4, 0.9, 0.1, 0.5]).double(), 6, "none")
+    r = objectives.optimality(advantage, 2.0)
+
+    def gradient(target: Tensor) -> Tensor:
+        v = linear(theta, x)
+        return torch.autograd.grad(objectives.contrast(v, v.detach(), target, r, 1.0).sum(), theta)[0]
+
+    torch.testing.assert_close(gradient(target), gradient(target + common))
+    better = torch.autograd.grad((linear(theta, x) - target).square().mean((1, 2, 3)) @ (2 * r - 1), theta)[0]
+    torch.testing.assert_close(gradient(target), better)  # the weighted flow-matching loss, good ones above zero
+
+
+def test_optimality_is_a_share_and_halves_at_the_mean() -> None:
+    found = objectives.optimality(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]), 2.0)
+    assert found.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]

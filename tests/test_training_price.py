@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from random_adapters import TARGETS, random_adapter
 from safetensors.torch import load_file
+from tiny_training import REWARDED
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,6 +36,7 @@ from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
 from training.loop import Parallel
 from training.meter import Meter, device_attention
+from training.nft import NFT
 from training.policies import Policies
 from training.price import ENCODED_AT_ONCE, decoding, duration, encoding, price, print_price, trained_steps, work
 from training.rollout import windows
@@ -76,7 +78,7 @@ def broad(tmp_path_factory) -> Path:
 def recipe(tiny, broad: Path, out: Path, stage: str, **changes):
     """A recipe on the broad base: rank 8 where the experts have 4."""
     values = {"base": str(broad / "base"), "lora": {"rank": 8, "alpha": 16, "target_modules": TARGETS}, "seed": 1}
-    if stage != "grpo":
+    if stage not in REWARDED:
         values["teachers"] = {name: {"source": str(broad / name)} for name in ("one", "two")}
     if stage == "distill":
         values["anchor"] = {"source": str(broad / "anchor")}
@@ -89,7 +91,12 @@ def stage_of(config):
     prompts = {task.name: task_prompts(task).training for task in config.tasks}
     mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
     objective = getattr(config, "objective", None)
-    kinds = {"sft": SFT, "grpo": GRPO, "distill": PolicyGradient if objective == "policy_gradient" else Distillation}
+    kinds = {
+        "sft": SFT,
+        "grpo": GRPO,
+        "nft": NFT,
+        "distill": PolicyGradient if objective == "policy_gradient" else Distillation,
+    }
     stage = kinds[config.stage](config, policies, mixture, Parallel(Accelerator(cpu=True)))
     policies.prepare_text([sample.prompt.prompt for sample in stage.needed(0)])
     return stage, policies
@@ -106,6 +113,7 @@ MEASURED = {
     "direct, checkpointed": ("distill", 4, {"rollout": {"steps": 1}, "gradient_checkpointing": True}),
     "direct, checkpointed, small micro batch": ("distill", 2, {"gradient_checkpointing": True}),
     "grpo": ("grpo", 4, {"beta": 0.1}),
+    "nft, guided": ("nft", 4, {"guidance": 3.0, "updates": 3}),
     "sft, checkpointed": ("sft", 4, {"gradient_checkpointing": True}),
 }
 PASSING = ("trajectories", "activations", "transient")
@@ -283,6 +291,8 @@ REAL = {
     "policy gradient": ("distill", {"objective": "policy_gradient", "group_size": 2, "rollout": CPS}),
     "grpo with a pull to the base": ("grpo", {"beta": 0.1, "rollout": CPS, "gradient_checkpointing": True}),
     "grpo with a window": ("grpo", {"beta": 0.1, "rollout": {"steps": 3, "window": 1}, "updates": 2}),
+    "nft": ("nft", {"updates": 3}),
+    "nft, guided": ("nft", {"guidance": 3.0, "gradient_checkpointing": True}),
     "sft": ("sft", {}),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowopd_eval import flow
 from flowopd_eval.errors import RequestError
-from training.rollout import Schedule, generators, noise_like, rollout, windows
+from training.rollout import Schedule, generators, noise_like, rollout, solve, windows
 
 A, STEPS = 0.7, 6
 SHAPE = (2, 3, 5)
@@ -140,3 +140,24 @@ def test_windows_lie_in_their_range_reach_all_of_it_and_are_their_seeds(window: 
 
 def test_without_a_window_every_step_is_trained() -> None:
     assert windows([1, 2**32 - 1], 4, None, None) == [[0, 1, 2, 3]] * 2
+
+
+def test_the_two_step_solver_is_of_second_order() -> None:
+    # dx/dsigma = x * sigma has the solution x_1 exp((sigma^2 - 1) / 2).
+    x = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)
+    errors = []
+    for steps in (20, 40, 80):
+        schedule = Schedule(flow.shifted_sigmas(steps, 3.0).double(), "ode", 0.0)
+        end = solve(schedule, lambda i, x, s=schedule.sigmas: x * s[i], x)
+        errors.append(abs(float(end) - 2.0 * math.exp(-0.5)))
+    assert errors[0] < 0.01
+    for coarse, fine in pairwise(errors):
+        assert 3.3 < coarse / fine < 4.7
+
+
+def test_the_two_step_solver_begins_as_euler_and_is_exact_for_a_velocity_that_does_not_change() -> None:
+    x = torch.randn(2, 1, 3, 3)
+    one = Schedule.of(1, 3.0, "ode", 0.0)
+    torch.testing.assert_close(solve(one, lambda i, x: 3 * x, x), x - 3 * x)
+    constant = torch.randn(2, 1, 3, 3)
+    torch.testing.assert_close(solve(Schedule.of(7, 3.0, "ode", 0.0), lambda i, x: constant, x), x - constant)

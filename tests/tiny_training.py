@@ -20,6 +20,7 @@ from flowopd_eval.tiny.vocabulary import BEGIN, END, PAD, TEXT_LENGTH, build_tok
 from training.config import Config, load_recipe
 
 RECORD = SamplingRecord(steps=4, guidance=3.0, shift=3.0, width=16, height=16, text_length=0)  # latents (4, 8, 8)
+REWARDED = ("grpo", "nft")  # stages without teachers
 TEACHERS = {"shapes": "one", "signs": "two"}  # task -> its teacher
 SHAPES = [(f"{c} {s}", "colors") for c in ("red", "green", "blue") for s in ("circle", "square", "star", "triangle")]
 SHAPES += [(f"two {shape}s", "counting") for shape in ("circle", "square", "star", "triangle")]
@@ -121,15 +122,15 @@ class TinyTraining:
             "batch_size": 4, "micro_batch": 2, "lora": {"rank": 4, "alpha": 8, "target_modules": TARGETS},
             "optimizer": {"learning_rate": 1e-2, "ema_every": 1}, "cache": str(self.folder / "cache"), "strip_every": 0,
         }  # fmt: skip
-        values |= {"pictures": 6, "picture_steps": 2} if stage == "sft" else {"rollout": {"steps": 2}}
-        if stage == "grpo":
+        own = {"sft": {"pictures": 6, "picture_steps": 2}, "nft": {"picture_steps": 2}}
+        values |= own.get(stage, {"rollout": {"steps": 2}})
+        if stage in REWARDED:
             values["group_size"] = 2
         else:
             values["teachers"] = {name: {"source": self.teacher(name)} for name in TEACHERS.values()}
         for task in tasks:
-            task |= (
-                {"rewards": {self.reward("Bright"): 1.0}} if stage == "grpo" else {"teacher": TEACHERS[task["name"]]}
-            )
+            rewards, teacher = {self.reward("Bright"): 1.0}, TEACHERS[task["name"]]
+            task |= {"rewards": rewards} if stage in REWARDED else {"teacher": teacher}
         return values | changes
 
     def write(self, path: Path, stage: str, out: Path, **changes: object) -> Path:

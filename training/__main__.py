@@ -16,10 +16,11 @@ from training.config import (
     AutoencoderConfig,
     Config,
     DistillConfig,
-    GRPOConfig,
     MergeConfig,
+    NFTConfig,
     PretrainConfig,
     SFTConfig,
+    Trained,
     load_recipe,
 )
 
@@ -95,7 +96,7 @@ def run(config: Config, resume: bool) -> None:
         print(f"The adapter is in {train(config, stage, out, resume=resume)}.")
 
 
-def _stage(config: DistillConfig | SFTConfig | GRPOConfig):  # noqa: ANN202
+def _stage(config: Trained):  # noqa: ANN202
     if isinstance(config, DistillConfig):
         from training.distill import Distillation, PolicyGradient
 
@@ -104,6 +105,10 @@ def _stage(config: DistillConfig | SFTConfig | GRPOConfig):  # noqa: ANN202
         from training.coldstart import SFT
 
         return SFT
+    if isinstance(config, NFTConfig):
+        from training.nft import NFT
+
+        return NFT
     from training.grpo import GRPO
 
     return GRPO

@@ -75,7 +75,8 @@ class Task(_Part):
     held_out: int = Field(64, ge=0, description="Prompts kept from training, for `check`; 0 for builtin prompts.")
     teacher: str | None = Field(None, description="One of [teachers]; needed by `distill` and `sft`.")
     rewards: dict[str, float] = Field(
-        default_factory=dict, description="Reward -> weight; needed by `grpo`, and by `check` to judge the teacher."
+        default_factory=dict,
+        description="Reward -> weight; needed by `grpo` and `nft`, and by `check` to judge the teacher.",
     )
 
 
@@ -164,7 +165,7 @@ class _Trained(_Stage):
     base: str = Field(description="The backbone: tiny:base, flow-opd:base, a folder, hub:REPO@REV.")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="None: the sampling record's.")
     start: str = Field("none", description="none, merge (of the teachers), or an adapter to go on from.")
-    steps: int = Field(gt=0, description="Optimiser steps (`grpo`: rollout batches).")
+    steps: int = Field(gt=0, description="Optimiser steps (`grpo`, `nft`: batches of samples.)")
     batch_size: int = Field(gt=0, description="Samples a step, over all processes.")
     micro_batch: int = Field(gt=0, description="Samples a forward.")
     tasks: list[Task] = Field(min_length=1)
@@ -294,19 +295,11 @@ class SFTConfig(_Trained):
         return self
 
 
-class GRPOConfig(_Trained):
-    """Flow-GRPO on one reward, or on several at once (GRPO-Mix) (see :mod:`training.grpo`)."""
+class _Rewarded(_Trained):
+    """What the stages that learn from rewards have in common: groups of samples of one prompt."""
 
-    stage: Literal["grpo"]
     group_size: int = Field(16, gt=1, description="G: samples a prompt.")
-    rollout: Rollout = Rollout()
     std: Literal["batch", "group", "none"] = Field("batch", description="What advantages are divided by.")
-    trust: Literal["clip", "dppo"] = "clip"
-    clip: float = Field(1e-4, gt=0, description="Of the ratio of mean log-probabilities.")
-    tau: float = Field(1e-5, gt=0, description="dppo: largest transition KL to the policy that drew the sample.")
-    beta: float = Field(0.0, ge=0, description="Weight of the transition KL to the base.")
-    updates: int = Field(1, gt=0, description="Optimiser steps for each batch of rollouts.")
-    shared_noise: bool = Field(False, description="One starting noise for all samples of a prompt.")
 
     @property
     def group(self) -> int:
@@ -318,11 +311,41 @@ class GRPOConfig(_Trained):
         for task in self.tasks:
             if not task.rewards:
                 raise ValueError(f"Task {task.name!r} has no rewards; give it `rewards = {{ocr = 1.0}}` or others.")
+        return self
+
+
+class GRPOConfig(_Rewarded):
+    """Flow-GRPO on one reward, or on several at once (GRPO-Mix) (see :mod:`training.grpo`)."""
+
+    stage: Literal["grpo"]
+    rollout: Rollout = Rollout()
+    trust: Literal["clip", "dppo"] = "clip"
+    clip: float = Field(1e-4, gt=0, description="Of the ratio of mean log-probabilities.")
+    tau: float = Field(1e-5, gt=0, description="dppo: largest transition KL to the policy that drew the sample.")
+    beta: float = Field(0.0, ge=0, description="Weight of the transition KL to the base.")
+    updates: int = Field(1, gt=0, description="Optimiser steps for each batch of rollouts.")
+    shared_noise: bool = Field(False, description="One starting noise for all samples of a prompt.")
+
+    @model_validator(mode="after")
+    def _dense(self) -> Self:
         if self.rollout.sampler == "ode":
             raise ValueError("GRPO needs transitions with a density; set rollout.sampler to sde or cps.")
         if (self.batch_size // self.micro_batch) % self.updates:
             raise ValueError(f"{self.batch_size // self.micro_batch} micro batches do not make {self.updates} updates.")
         return self
+
+
+class NFTConfig(_Rewarded):
+    """DiffusionNFT on one reward, or on several at once (see :mod:`training.nft`)."""
+
+    stage: Literal["nft"]
+    picture_steps: int = Field(10, gt=1, description="Steps of the pictures, by the two-step solver.")
+    guidance: float = Field(1.0, gt=0, description="For drawing and training; 1 is without guidance, as in the paper.")
+    updates: int = Field(2, gt=0, description="Optimiser steps on each batch, each with noise drawn anew.")
+    beta: float = Field(1.0, gt=0, description="How strongly the old policy pulls back.")
+    advantage_clip: float = Field(2.0, gt=0, description="Advantage from which a picture counts as altogether good.")
+    sigma_mean: float = Field(0.0, description="Mean of the logit-normal noise level.")
+    sigma_std: float = Field(1.0, gt=0)
 
 
 class MergeConfig(_Stage):
@@ -335,8 +358,8 @@ class MergeConfig(_Stage):
     method: Literal["exact", "factors"] = "exact"
 
 
-Trained = DistillConfig | SFTConfig | GRPOConfig
-Config = PretrainConfig | AutoencoderConfig | DistillConfig | SFTConfig | GRPOConfig | MergeConfig
+Trained = DistillConfig | SFTConfig | GRPOConfig | NFTConfig
+Config = PretrainConfig | AutoencoderConfig | DistillConfig | SFTConfig | GRPOConfig | NFTConfig | MergeConfig
 _RECIPE: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="stage")])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flowopd_eval import flow
 from training import objectives
-from training.config import GRPOConfig
+from training.config import GRPOConfig, NFTConfig
 from training.data import Mixture, Sample
 from training.loop import Means, Parallel
 from training.policies import Conditions, Policies
@@ -34,6 +34,28 @@ class Drawn:
     conditions: Conditions
     steps: list[Step]
     judged: Future[list[dict[str, float]]]
+
+
+def judged_advantages(
+    config: GRPOConfig | NFTConfig,
+    drawn: Sequence[tuple[Sequence[Sample], Future[list[dict[str, float]]]]],
+    parallel: Parallel,
+    device: torch.device,
+    means: Means,
+) -> list[Tensor]:
+    """Each micro batch's advantages (B,), from the rewards of the whole batch over all processes."""
+    mine = [values for _, judged in drawn for values in judged.result()]
+    samples = [sample for batch, _ in drawn for sample in batch]
+    for sample, values in zip(samples, mine, strict=True):
+        for name, value in values.items():
+            means.add(f"reward/{sample.task.name}" if name == "total" else f"{name}/{sample.task.name}", value)
+        means.add("unscored", float(values["total"] != values["total"]))
+    rewards = torch.tensor([values["total"] for values in gather_object(mine)])
+    advantages = objectives.group_advantage(rewards, config.group, config.std)
+    flat = ~advantages.unflatten(0, (-1, config.group)).any(-1)
+    means.add("groups_without_variance", flat.float().mean())
+    part = torch.tensor(parallel.part(advantages.tolist()), device=device)
+    return list(part.split(config.micro_batch))
 
 
 class GRPO:
@@ -67,7 +89,8 @@ class GRPO:
             for micro, _ in self.parallel.micro_batches(samples[start : start + size], self.config.micro_batch)
         ]
         means = Means()
-        advantages = self._advantages(drawn, means)
+        judged = [(batch.samples, batch.judged) for batch in drawn]
+        advantages = judged_advantages(self.config, judged, self.parallel, self.policies.device, means)
         size = len(drawn) // self.config.updates
         for start in range(0, len(drawn), size):
             chunk = list(zip(drawn, advantages, strict=True))[start : start + size]
@@ -103,21 +126,6 @@ class GRPO:
         steps = list(rollout(self.schedule, velocity, start, sources, noisy))
         pictures = self.policies.decode(steps[-1].x_next)
         return Drawn(samples, conditions, [s for s in steps if noisy[s.i]], self.rewards.submit(pictures, samples))
-
-    def _advantages(self, drawn: Sequence[Drawn], means: Means) -> list[Tensor]:
-        """Each micro batch's advantages (B,), from the rewards of the whole batch over all processes."""
-        mine = [values for batch in drawn for values in batch.judged.result()]
-        samples = [sample for batch in drawn for sample in batch.samples]
-        for sample, values in zip(samples, mine, strict=True):
-            for name, value in values.items():
-                means.add(f"reward/{sample.task.name}" if name == "total" else f"{name}/{sample.task.name}", value)
-            means.add("unscored", float(values["total"] != values["total"]))
-        rewards = torch.tensor([values["total"] for values in gather_object(mine)])
-        advantages = objectives.group_advantage(rewards, self.config.group, self.config.std)
-        flat = ~advantages.unflatten(0, (-1, self.config.group)).any(-1)
-        means.add("groups_without_variance", flat.float().mean())
-        part = torch.tensor(self.parallel.part(advantages.tolist()), device=self.policies.device)
-        return list(part.split(self.config.micro_batch))
 
     def _accumulate(self, batch: Drawn, advantage: Tensor, last: bool, samples: int, means: Means) -> None:
         for step in batch.steps:

@@ -3,7 +3,8 @@
 Every function works on one step of B samples, or on all T steps of them, and returns one number a sample; means over
 samples and steps are taken by the loops. Norms and log-probabilities are means over C, H, W.
 
-Sources: Flow-OPD (arXiv 2605.08063); Flow-GRPO (arXiv 2505.05470); Flow-DPPO's trust rule; PPO (arXiv 1707.06347).
+Sources: Flow-OPD (arXiv 2605.08063); Flow-GRPO (arXiv 2505.05470); Flow-DPPO's trust rule; PPO (arXiv 1707.06347);
+DiffusionNFT (arXiv 2509.16117).
 """
 
 from __future__ import annotations
@@ -93,3 +94,28 @@ def trusted_surrogate(
     leaving = torch.where(advantage > 0, ratio > 1, ratio < 1)
     dropped = (kl_to_old.detach() >= tau) & leaving
     return torch.where(dropped, torch.zeros_like(ratio), -advantage * ratio)
+
+
+def optimality(advantage: Tensor, clip: float) -> Tensor:
+    """How good a picture is among its group, in 0..1, (B,): ``1/2 + clip(A / clip, -1, 1) / 2`` (DiffusionNFT)."""
+    return 0.5 + 0.5 * (advantage.detach() / clip).clamp(-1, 1)
+
+
+def contrast(v: Tensor, v_old: Tensor, target: Tensor, optimality: Tensor, beta: float) -> Tensor:
+    """DiffusionNFT's loss, (B,): ``r |v+ - v*|^2 + (1 - r) |v- - v*|^2``, divided by beta.
+
+    ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``: what moves v towards a good picture's own
+    velocity ``v* = eps - x_0`` moves it away from a bad one's. At ``v = v_old`` the gradient is that of
+    ``2 (2 r - 1) |v - v*|^2``, so what all pictures of a group have in common cancels; away from there the loss pulls
+    back to the old policy with ``2 beta |v - v_old|^2``'s strength, shared by both sides.
+
+    Args:
+        v: the student's velocity, (B, C, H, W).
+        v_old: that of the policy that drew, (B, C, H, W); constant.
+        target: v*, (B, C, H, W); constant.
+        optimality: r in 0..1, (B,).
+        beta: > 0; the smaller, the further v goes before it is pulled back.
+    """
+    step = beta * (v - v_old.detach())
+    towards, away = ((v_old + sign * step - target).square().mean((1, 2, 3)) for sign in (1, -1))
+    return (optimality * towards + (1 - optimality) * away) / beta

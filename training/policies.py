@@ -27,7 +27,7 @@ from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapte
 from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import SamplingRecord
-from training.config import DistillConfig, Lora, SFTConfig, Teacher, Trained
+from training.config import DistillConfig, Lora, NFTConfig, SFTConfig, Teacher, Trained
 from training.data import Embeddings, Text
 
 STUDENT, ANCHOR = "student", "anchor"
@@ -49,15 +49,17 @@ class Expert:
 def guided(
     forward: Callable[[Tensor, Tensor, Text], Tensor], x: Tensor, sigma: Tensor, text: Text, empty: Text, scale: float
 ) -> Tensor:
-    """Guided velocity (B, C, H, W) at state ``x`` (B, C, H, W) and noise level ``sigma`` () of any model.
+    """Guided velocity (B, C, H, W) at state ``x`` (B, C, H, W) and noise level ``sigma`` of any model.
 
-    ``forward(x, sigma, text)`` is called once, on 2 B rows, the unconditional ones first; on B rows where ``scale`` is
-    1. ``text`` and ``empty`` are the embeddings of the prompts and of the negative prompt, B rows each.
+    ``sigma`` is () or (B,). ``forward(x, sigma, text)`` is called once, on 2 B rows, the unconditional ones first; on B
+    rows where ``scale`` is 1. ``text`` and ``empty`` are the embeddings of the prompts and of the negative prompt, B
+    rows each.
     """
     if scale == 1:
         return forward(x, sigma, text).float()
     both = Text(torch.cat([empty.states, text.states]), torch.cat([empty.pooled, text.pooled]))
-    uncond, cond = forward(torch.cat([x, x]), sigma, both).chunk(2)
+    levels = torch.cat([sigma, sigma]) if sigma.ndim else sigma
+    uncond, cond = forward(torch.cat([x, x]), levels, both).chunk(2)
     return guided_velocity(uncond, cond, scale)
 
 
@@ -253,6 +255,8 @@ class Policies:
 
 def guidance_of(config: Trained, record: SamplingRecord) -> float:
     """The scale the student is drawn and trained with: the recipe's, else the record's."""
+    if isinstance(config, NFTConfig):
+        return config.guidance
     return record.guidance if isinstance(config, SFTConfig) else config.rollout.guidance or record.guidance
 
 

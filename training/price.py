@@ -35,7 +35,7 @@ from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import Prompt, SamplingRecord
 from training import objectives
 from training.architecture import Architecture, architecture, build, text_encoder
-from training.config import Config, DistillConfig, GRPOConfig, Rollout, SFTConfig, Task, Teacher, Trained
+from training.config import Config, DistillConfig, GRPOConfig, NFTConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
 from training.meter import Meter, device_attention
 from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of
@@ -274,6 +274,8 @@ def work(config: Trained, record: SamplingRecord) -> tuple[Work, ...]:
         parts = _distillation_work(config, record, taught)
     elif isinstance(config, GRPOConfig):
         parts = _grpo_work(config, record)
+    elif isinstance(config, NFTConfig):
+        parts = _nft_work(config)
     else:
         parts = [_with_backward("student, trained", 1, config), _sft_pictures(config, taught)]
     return (*parts, *_strips(config, record, taught))
@@ -305,6 +307,15 @@ def _grpo_work(config: GRPOConfig, record: SamplingRecord) -> list[Work]:
     trained = trained_steps(r, Schedule.of(r.steps, record.shift, r.sampler, r.a).stochastic)
     parts = [Work("student, drawing", r.steps * rows), _with_backward("student, trained", trained * rows, config)]
     return [*parts, Work("base", trained * rows)] if config.beta else parts
+
+
+def _nft_work(config: NFTConfig) -> list[Work]:
+    rows = _rows(config.guidance)
+    return [
+        Work("student, drawing", config.picture_steps * rows),
+        Work("student, before the updates", config.updates * rows),
+        _with_backward("student, trained", config.updates * rows, config),
+    ]
 
 
 def _sft_pictures(config: SFTConfig, taught: float) -> Work:
@@ -371,7 +382,7 @@ class Price:
     @property
     def optimiser_steps(self) -> int:
         """Updates of the weights."""
-        return self.config.steps * (self.config.updates if isinstance(self.config, GRPOConfig) else 1)
+        return self.config.steps * (self.config.updates if isinstance(self.config, GRPOConfig | NFTConfig) else 1)
 
     @property
     def forward_rows(self) -> float:
@@ -407,7 +418,7 @@ def price(config: Trained) -> Price:
         vae = build(AutoencoderKL.from_config, base.vae, policies.dtype)
         encoders = {name: build(text_encoder, values, policies.dtype) for name, values in base.encoders.items()}
         micro = measure(config, policies)
-        judged = config.micro_batch if isinstance(config, GRPOConfig) else 0
+        judged = config.micro_batch if isinstance(config, GRPOConfig | NFTConfig) else 0
         pictures = max(judged, config.strip_prompts if config.strip_every else 0)  # decoded at once
         decoded = decoding(vae, pictures, base.latent_shape, policies.dtype) if pictures else Meter()
         lengths = {base.record.text_length, *(expert.text_length for expert in policies.experts.values())}
@@ -468,11 +479,15 @@ def _trajectories(config: Trained, policies: Policies) -> int:
     """
     if isinstance(config, SFTConfig):
         return 0
-    latent, steps = 4 * math.prod(policies.latent_shape), config.rollout.steps
+    latent = 4 * math.prod(policies.latent_shape)
+    texts = 2 * _text_bytes(policies, policies.record.text_length)
+    if isinstance(config, NFTConfig):  # the picture, and of every update state, target and the old velocity
+        return config.batch_size * (latent * (1 + 3 * config.updates) + texts)
+    steps = config.rollout.steps
     if isinstance(config, DistillConfig):
         return config.micro_batch * latent * (3 * steps + 1)
     kept = config.rollout.window or steps
-    return config.batch_size * (latent * (3 * kept + 1) + 2 * _text_bytes(policies, policies.record.text_length))
+    return config.batch_size * (latent * (3 * kept + 1) + texts)
 
 
 def _distinct_prompts(config: Trained) -> int:

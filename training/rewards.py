@@ -12,7 +12,7 @@ from PIL import Image
 from flowopd_eval.benches import OCR_SIDE, bench_by_key
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.records import Prompt, Scorer
-from flowopd_eval.userfile import is_userfile, load_attribute
+from flowopd_eval.scorers.own import own_scorer
 from training.config import Task
 from training.data import Sample
 
@@ -39,24 +39,19 @@ REWARDS: Mapping[str, Callable[[], Scorer]] = {
 
 
 def load_reward(name: str) -> Scorer:
-    """The reward ``name``: one of :data:`REWARDS`, or ``my_reward.py:Smile``, a class in a file of the user's.
+    """The reward ``name``: one of :data:`REWARDS`, or a scorer of the user's, ``my_reward.py:Smile`` or an entry point.
 
-    The class is made without arguments and is a :class:`flowopd_eval.records.Scorer`: ``score(images, prompts)``
-    returns a Score a picture, ``identity()`` what decides it. Its file is run: name only files of your own.
+    A user's class is made without arguments; see :mod:`flowopd_eval.scorers.own`. Its file is run: name only your own.
 
     Raises:
         RequestError: an unknown name, a missing file or class, or a class that is no scorer.
     """
     if name in REWARDS:
         return REWARDS[name]()
-    if not is_userfile(name):
-        raise RequestError(f"Unknown reward {name!r}; expected one of {', '.join(REWARDS)}, or FILE.py:Class.")
-    made, _ = load_attribute(name)
-    scorer = made()
-    for method in ("score", "identity"):
-        if not callable(getattr(scorer, method, None)):
-            raise RequestError(f"Reward {name!r} has no method `{method}`; see flowopd_eval.records.Scorer.")
-    return scorer
+    try:
+        return own_scorer(name)
+    except RequestError as error:
+        raise RequestError(f"Reward {name!r}: {error} Built in: {', '.join(REWARDS)}.") from error
 
 
 class Rewards:

@@ -119,6 +119,26 @@ def rollout(
         x = x_next
 
 
+def solve(schedule: Schedule, velocity: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
+    """Follow the probability-flow ODE from noise ``x`` (B, C, H, W) to its end, by two-step Adams-Bashforth.
+
+    One velocity a step, as Euler, and an error of second order in the steps: as many steps give a picture as Euler's
+    with about twice as many. The arguments are :func:`rollout`'s.
+    """
+    before: Tensor | None = None
+    for i in range(schedule.steps):
+        v = velocity(i, x)
+        slope = v if before is None else v + _lean(schedule.sigmas, i) * (v - before)
+        x = flow.ode_step(x, slope, schedule.sigmas[i], schedule.sigmas[i + 1])
+        before = v
+    return x
+
+
+def _lean(sigmas: Tensor, i: int) -> Tensor:
+    """Half the ratio of this step's length and the last one's: how far the velocity is carried on along its change."""
+    return (sigmas[i] - sigmas[i + 1]) / (2 * (sigmas[i - 1] - sigmas[i]))
+
+
 def windows(
     seeds: Sequence[int], steps: int, window: int | None, window_range: tuple[int, int] | None
 ) -> list[list[int]]:

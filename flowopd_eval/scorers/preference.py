@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.fetched import Source
 from flowopd_eval.records import Prompt, Score
 from flowopd_eval.scorers.clip_model import Checkpoint, ClipModel, Need, fit_pixels, load_pickled
@@ -207,7 +207,7 @@ class PreferenceScorer:
         """The metrics whose weights cannot be had, by name, each with the command that provides what is lacking.
 
         Raises:
-            RequestError: the first metric is one of them.
+            Unavailable: the first metric is one of them.
         """
         found = {}
         for metric in self.metrics:
@@ -215,7 +215,7 @@ class PreferenceScorer:
                 continue
             reasons, commands = " ".join(map(str, lacking.values())), " && ".join(lacking)
             if metric is self.metrics[0]:
-                raise RequestError(
+                raise Unavailable(
                     f"Pictures are scored by {metric.name} here, and its weights cannot be had: {reasons} To provide "
                     f"them: {commands}"
                 )

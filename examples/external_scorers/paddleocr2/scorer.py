@@ -32,7 +32,7 @@ def main() -> None:
     from PIL import Image
 
     reader = PaddleOCR(use_angle_cls=False, lang="en", use_gpu=False, show_log=False)
-    versions = {"version": version("paddleocr"), "paddlepaddle": version("paddlepaddle")}
+    versions = {"version": version("paddleocr"), "paddlepaddle": version("paddlepaddle"), "lang": "en"}
     print(json.dumps({"protocol": 1, "name": "paddleocr", "rule": "flow-grpo", **versions}), file=replies, flush=True)
 
     def score(item: dict[str, Any]) -> dict[str, Any]:
