@@ -485,7 +485,7 @@ BENCHES: tuple[Bench, ...] = (
 PAPER = "paper"
 PAPER_FLAGS = {
     "coco": ("geneval", "ocr", "deqa", "preference"),
-    "shapes": ("geneval", "ocr", "quality", "preference"),
+    "shapes": ("geneval", "ocr", "quality"),
 }
 
 

@@ -228,14 +228,13 @@ def score(
         return
     if not folder.is_dir():
         raise RequestError(f"{folder} is not a folder. Give a run, or a folder with NNNNN/metadata.jsonl and samples/.")
+    said = (judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)
     if (folder / "run.json").exists():
         out, folders = folder, store.bench_folders(folder)
-        flags = [entry.request()["bench"] for entry in folders]
+        judge = _judge([entry.request()["bench"] for entry in folders], *said)
     else:
         kind = bench_by_key(bench)
-        flags = [kind.flag]
-    judge = _judge(flags, judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)
-    if not (folder / "run.json").exists():
+        judge = _judge([kind.flag], *said)
         scorer_of(kind, _protocol(kind, protocol), judge).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flowopd_eval import store
-from flowopd_eval.benches import BENCHES, Bench, find_bench
+from flowopd_eval.benches import BENCHES, Bench, bench_by_key, find_bench
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.fetched import cache_folder
 from flowopd_eval.models import FAMILIES, Backbone, resolve
@@ -122,6 +122,9 @@ def _import_error(package: str) -> str | None:
 # ------------------------------------------------------------------------------------------------------------ judges
 
 
+SELF_TESTED = ("shapes_geneval", "sign_ocr", "shapes_quality")
+
+
 def self_test_pictures() -> list[tuple[Prompt, Any]]:
     """Scenes of the miniature's world, each with its prompt: drawn, so that they are the same everywhere."""
     import numpy as np
@@ -146,8 +149,8 @@ def judged(bench: Bench) -> list[Score]:
 
 
 def self_test_values() -> dict[str, list[float | None]]:
-    """What ``data/selftest.json`` holds: the scores of the miniature's judges, by metric."""
-    return {bench.key: [score.value for score in judged(bench)] for bench in BENCHES if bench.objects == "shapes"}
+    """What ``data/selftest.json`` holds: the scores of the miniature's own judges, by metric."""
+    return {key: [score.value for score in judged(bench_by_key(key))] for key in SELF_TESTED}
 
 
 def _judges() -> Iterator[Finding]:

@@ -23,8 +23,12 @@ def fetch_files(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
 
     repo, _, revision = source.removeprefix("hub:").partition("@")
     with _explained(repo, revision):
-        known = {"revision": revision or None, "allow_patterns": list(patterns)}
-        folder = Path(snapshot_download(repo, **known, local_files_only=not hub_answers()))
+        cached_only = not hub_answers()
+        folder = Path(
+            snapshot_download(
+                repo, revision=revision or None, allow_patterns=list(patterns), local_files_only=cached_only
+            )
+        )
     return folder, f"hub:{repo}@{folder.name}"
 
 
@@ -46,7 +50,7 @@ def hub_answers() -> bool:
     """
     from huggingface_hub import constants
 
-    return _answers(constants.ENDPOINT)
+    return not constants.HF_HUB_OFFLINE and _answers(constants.ENDPOINT)
 
 
 @cache

@@ -30,10 +30,18 @@ REAL_MODEL_HELP = (
 
 @dataclass(frozen=True)
 class Member:
-    """One member of a family: the adapter that makes it (None: the bare backbone) and a line about it."""
+    """One member of a family: the adapter that makes it (None: the bare backbone) and a line about it.
+
+    ``guidance`` is the scale it was made for, where that is not the family's.
+    """
 
     adapter: str | None
     about: str
+    guidance: float | None = None
+
+    def record(self, family: SamplingRecord) -> SamplingRecord:
+        """Its sampling record."""
+        return family if self.guidance is None else replace(family, guidance=self.guidance)
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Family:
 
 _MERGED = "the exact mean of the experts' changes, made on the spot"
 MERGE = "merge:"  # an adapter made on the spot: the exact mean of the sources after it, joined by "+"
+_TINY_GUIDANCE = 1.0  # its teachers are trained without guidance (DiffusionNFT), and so is their student
 _TINY_EXPERTS = {
     "student": "distilled from the three experts",
     "geneval": "expert of composition",
@@ -67,9 +76,10 @@ def _tiny_members() -> dict[str, Member]:
     folder = Path(str(resources.files("flowopd_eval.tiny").joinpath("experts")))
     there = {name: str(folder / name) for name in _TINY_EXPERTS if (folder / name).is_dir()}
     members = {"base": Member(None, "the built-in miniature")}
-    members |= {name: Member(path, _TINY_EXPERTS[name]) for name, path in there.items()}
+    members |= {name: Member(path, _TINY_EXPERTS[name], _TINY_GUIDANCE) for name, path in there.items()}
     experts = [path for name, path in there.items() if name != "student"]
-    return members | ({"merge": Member(MERGE + "+".join(experts), _MERGED)} if len(experts) > 1 else {})
+    merged = Member(MERGE + "+".join(experts), _MERGED, _TINY_GUIDANCE)
+    return members | ({"merge": merged} if len(experts) > 1 else {})
 
 
 def load_adapter(source: str) -> Adapter:
@@ -159,7 +169,7 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
             f"{full}+{Path(lora).name}" if lora else full,
             family.base,
             lora or member.adapter,
-            family.record,
+            member.record(family.record),
             family.objects,
             family.about if member.adapter is None else member.about,
         )
@@ -248,6 +258,7 @@ class Backbone:
             pipeline = FlowOPDPipeline.from_pretrained(
                 self.folder,
                 experts={spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter},
+                guidance={spec.name: spec.record.guidance for spec in self.specs if spec.adapter},
                 record=self.specs[0].record,
                 dtype=getattr(torch, self.dtype),
             )

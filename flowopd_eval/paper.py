@@ -175,7 +175,7 @@ MINIATURE = (
     Column("GenEval", "shapes_geneval", 2, 1, "", never=(_OWN,)),
     Column("OCR", "sign_ocr", 2, 1, "", never=(_OWN,)),
     Column("DeQA", "shapes_quality", 2, 1, "", never=(_OWN,)),
-    Column("PickScore", "shapes_preference", 2, 26, "", never=(_OWN,)),
+    Column("PickScore", None, 2, 1, "", never=("the miniature has no such metric",)),
 )
 
 
@@ -450,7 +450,7 @@ def _explanations(result: PaperResult) -> list[Text]:
 def _ours(cell: Cell) -> str:
     if cell.value is None or cell.low is None or cell.high is None:
         return "–"
-    digits = 2 if cell.key in ("deqa", "pickscore") else 3
+    digits = 2 if cell.key in ("deqa", "preference") else 3
     return f"{cell.value:.{digits}f} ± {(cell.high - cell.low) / 2:.{digits}f}"
 
 

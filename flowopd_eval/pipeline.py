@@ -43,6 +43,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
     _bank: AdapterBank | None = None
     _record: SamplingRecord | None = None
     _experts: dict[str, Adapter]
+    _guidance: dict[str, float]
     _fused: str | None = None
 
     @classmethod
@@ -51,6 +52,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         base: str | Path,
         *,
         experts: Mapping[str, str | Path | Adapter] | None = None,
+        guidance: Mapping[str, float] | None = None,
         record: SamplingRecord | None = None,
         **kwargs: Any,
     ) -> FlowOPDPipeline:
@@ -60,6 +62,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
             base: an SD3 repository on the Hub or a folder, as for diffusers; also what :meth:`save_pretrained` wrote.
             experts: name -> LoRA in any layout :func:`flowopd_eval.adapters.read_adapter` knows. A saved pipeline's own
                 experts are loaded too; a name given here replaces one of theirs.
+            guidance: name -> the guidance scale an expert was made for, where that is not the record's.
             record: the sampling record; None takes the saved pipeline's, or SD3.5-Medium's.
             **kwargs: passed on to diffusers (``dtype``, ``revision``, ``token``, ``text_encoder_3=None``, ...).
 
@@ -71,7 +74,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         saved = {name: Path(base) / EXPERTS_FOLDER / name for name in settings.get("experts", [])}
         stored = SamplingRecord(**settings["record"]) if "record" in settings else None
         pipeline._record = record or stored
-        pipeline.add_experts({**saved, **(experts or {})})
+        pipeline.add_experts({**saved, **(experts or {})}, {**settings.get("guidance", {}), **(guidance or {})})
         return pipeline
 
     @property
@@ -88,8 +91,26 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
     def _adapters(self) -> dict[str, Adapter]:
         return self.__dict__.setdefault("_experts", {})
 
-    def add_experts(self, experts: Mapping[str, str | Path | Adapter]) -> None:
+    @property
+    def _scales(self) -> dict[str, float]:
+        return self.__dict__.setdefault("_guidance", {})
+
+    def guidance(self, expert: str | None) -> float:
+        """The guidance scale that an expert is drawn with unless a call says otherwise; None is the base."""
+        return self.record.guidance if expert is None else self._scales.get(expert, self.record.guidance)
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether any picture of the call at hand is guided: their scales may differ."""
+        scale = self._guidance_scale
+        return bool((scale > 1).any()) if isinstance(scale, torch.Tensor) else scale > 1
+
+    def add_experts(
+        self, experts: Mapping[str, str | Path | Adapter], guidance: Mapping[str, float] | None = None
+    ) -> None:
         """Put more experts on the backbone; a name that is there already is replaced.
+
+        ``guidance`` gives the scale that an expert was made for, where that is not the record's.
 
         Raises:
             RequestError: an adapter that does not fit, or one is fused at the moment.
@@ -102,6 +123,9 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         for adapter in loaded.values():
             check_adapter(adapter, self.transformer)
         self._adapters.update(loaded)
+        for name in loaded:
+            self._scales.pop(name, None)
+        self._scales.update({name: float(scale) for name, scale in (guidance or {}).items() if name in loaded})
         if self._bank is not None:
             self._bank.detach()
         self._bank = AdapterBank(self.transformer, self._adapters)
@@ -155,7 +179,8 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         Args:
             prompt: as in diffusers, and so are all other arguments; ``num_inference_steps``, ``guidance_scale``,
                 ``height``, ``width``, ``max_sequence_length`` and ``negative_prompt`` default to the sampling record.
-                A value that differs from the record is drawn as asked, with a warning that names both.
+                A value that differs from the record is drawn as asked, with a warning that names both. Experts made for
+                another guidance scale than the record's have theirs as default.
             expert: the expert that draws; None is the base. A sequence gives one for each prompt.
             seed: one seed for each picture (prompts times ``num_images_per_prompt``, in diffusers' order), or the first
                 picture's, the following pictures taking the next integers. Excludes ``latents`` and ``generator``.
@@ -167,12 +192,12 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         call: dict[str, Any] = {name: value for name, value in bound.arguments.items() if name != "self"}
         prompts = _batch_size(call)
         images = call.get("num_images_per_prompt") or 1
-        self._apply_record(call)
         names = [expert] * prompts if expert is None or isinstance(expert, str) else list(expert)
         if len(names) != prompts:
             raise RequestError(f"Got {len(names)} experts for {prompts} prompts; give one for each, or one for all.")
         for name in set(names):
             self._check_expert(name)
+        self._apply_record(call, [self.guidance(name) for name in names for _ in range(images)])
         if seed is not None:
             call["latents"] = self._seeded_latents(seed, prompts * images, call)
         if self._bank is None or self._fused is not None:
@@ -203,11 +228,17 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
             raise RequestError(f"compare draws one picture an arm and takes one seed, but got {seed!r}.")
         return self([prompt] * len(arms), expert=arms, seed=[seed] * len(arms), **kwargs)
 
-    def _apply_record(self, call: dict[str, Any]) -> None:
+    def _apply_record(self, call: dict[str, Any], scales: Sequence[float]) -> None:
+        """Fill in what a call leaves open; ``scales`` are its pictures' own guidance scales."""
         record = self.record
+        own, given = sorted(set(scales)), call.get("guidance_scale")
+        if given is None:
+            call["guidance_scale"] = own[0] if len(own) == 1 else self._column(scales)
+        elif own != [given]:
+            known = " and ".join(map(str, own))
+            _warn_once(f"guidance_scale is {given} here, but {known} in the model's sampling record.")
         defaults = {
             "num_inference_steps": record.steps,
-            "guidance_scale": record.guidance,
             "height": record.height,
             "width": record.width,
             "max_sequence_length": record.text_length,
@@ -222,6 +253,11 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         shift = self.scheduler.config.get("shift")
         if shift != record.shift:
             _warn_once(f"The scheduler's shift is {shift} here, but {record.shift} in the sampling record.")
+
+    def _column(self, scales: Sequence[float]) -> torch.Tensor:
+        """One scale a picture, in a form that diffusers multiplies velocities (B, C, h, w) by."""
+        place = {"dtype": self.transformer.dtype, "device": self._execution_device}
+        return torch.tensor(scales, **place)[:, None, None, None]
 
     def _seeded_latents(self, seed: int | Sequence[int], pictures: int, call: Mapping[str, Any]) -> torch.Tensor:
         if call.get("latents") is not None or call.get("generator") is not None:
@@ -248,7 +284,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         index.write_text(json.dumps(content, indent=2) + "\n")
         for name, adapter in self._adapters.items():
             write_adapter(adapter, folder / EXPERTS_FOLDER / name)
-        settings = {"record": asdict(self.record), "experts": list(self.experts)}
+        settings = {"record": asdict(self.record), "experts": list(self.experts), "guidance": self._scales}
         (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 

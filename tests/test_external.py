@@ -377,6 +377,23 @@ def load(name, download_root):
 """
 
 
+DEQA = """
+class Model:
+    def score(self, images):
+        (image,) = images
+        red = image.getpixel((0, 0))[0]
+        if red == 13:
+            raise RuntimeError("no memory")
+        return [float(red)]
+class AutoModelForCausalLM:
+    @staticmethod
+    def from_pretrained(name, *, revision, trust_remote_code, attn_implementation):
+        assert (revision, trust_remote_code, attn_implementation) == ("a" * 40, True, "eager")
+        print("loading", name)
+        return Model()
+"""
+
+
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
     """Puts modules and their versions where processes find them."""
@@ -408,7 +425,7 @@ def test_the_paddleocr_example_speaks_the_protocol(stand_in):
     assert scores[2].reason == 'reads "Opne", not "Open"'
     assert "no memory" in scores[3].error
     assert "IndexError" in scores[4].error
-    said = {key: identity[key] for key in ("name", "rule", "version", "paddlepaddle")}
+    said = {key: identity[key] for key in ("name", "rule", "version", "paddlepaddle", "lang")}
     assert said == {"name": "paddleocr", "rule": "flow-grpo", "version": "2.9.1", "paddlepaddle": "2.6.2", "lang": "en"}
 
 
@@ -440,6 +457,23 @@ def test_the_imagereward_example_speaks_the_protocol(stand_in, tmp_path, monkeyp
     assert "no memory" in scores[1].error
     assert identity["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
     assert identity["version"] == "1.5"
+
+
+def test_the_deqa_example_runs_foreign_code_of_a_named_commit_only(stand_in):
+    torch = (
+        "from contextlib import nullcontext as no_grad\nclass cuda:\n    is_available = staticmethod(lambda: False)\n"
+    )
+    stand_in({"transformers": DEQA, "torch": torch}, {"transformers": "4.36.1"})
+    script, flags = str(EXAMPLES / "deqa" / "scorer.py"), ("--trust-remote-code", "--revision", "a" * 40)
+    with ExternalScorer((sys.executable, script, *flags), timeout=20) as scorer:
+        pictures = [Image.new("RGB", (4, 4), (red, 0, 0)) for red in (1, 13, 4)]
+        scores = judge(scorer, pictures, [Prompt(str(n), "a cat", "quality") for n in range(3)])
+        assert values(scores) == [1.0, None, 4.0]
+        assert scorer.identity()["model"] == "zhiyuanyou/DeQA-Score-Mix3"
+        assert scorer.identity()["revision"] == "a" * 40
+    for refused in (("--trust-remote-code", "--revision", "main"), ("--revision", "a" * 40)):
+        with pytest.raises(RequestError), ExternalScorer((sys.executable, script, *refused), timeout=20) as scorer:
+            scorer.identity()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*/scorer.py")), ids=lambda path: path.parent.name)

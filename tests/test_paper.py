@@ -26,7 +26,7 @@ JUDGES = {
     "geneval": {"metric": "geneval", "protocol": asdict(FLOW_GRPO), "detector": {"name": CHECKPOINT}},
     "ocr": {"scorer": "external", "name": "paddleocr", "version": "2.9.1", "lang": "en", "rule": "flow-grpo"},
     "deqa": {"scorer": "external", "name": "deqa", "version": "1", "model": "zhiyuanyou/DeQA-Score-Mix3@abc"},
-    "pickscore": {
+    "preference": {
         "scorer": "preference",
         "value": "pickscore",
         "metrics": {"pickscore": {"model": "hub:yuvalkirstain/PickScore_v1@a4e4367"}},
@@ -36,9 +36,9 @@ MEASURED = {
     "geneval": (0.62, 0.60, 0.64, 2212),
     "ocr": (0.50, 0.48, 0.52, 1018),
     "deqa": (4.20, 4.15, 4.25, 200),
-    "pickscore": (22.30, 22.10, 22.50, 200),
+    "preference": (22.30, 22.10, 22.50, 200),
 }
-FLAGS = {"geneval": "geneval", "ocr": "ocr", "deqa": "quality", "pickscore": "preference"}
+FLAGS = {"geneval": "geneval", "ocr": "ocr", "deqa": "quality", "preference": "preference"}
 
 
 def summary(key, model="flow-opd:base"):
@@ -157,8 +157,8 @@ REASONS = {
         {"scorer": scorer("deqa", model="zhiyuanyou/DeQA-Doc")},
         "judged by deqa 1, not by DeQA-Score-Mix3",
     ),
-    "pick": ("pickscore", {"scorer": JUDGES["deqa"]}, "judged by deqa 1, not by yuvalkirstain/PickScore_v1"),
-    "value": ("pickscore", {"scorer": scorer("pickscore", value="clip_score")}, "not by yuvalkirstain/PickScore_v1"),
+    "pick": ("preference", {"scorer": JUDGES["deqa"]}, "judged by deqa 1, not by yuvalkirstain/PickScore_v1"),
+    "value": ("preference", {"scorer": scorer("preference", value="clip_score")}, "not by yuvalkirstain/PickScore_v1"),
 }
 
 
@@ -221,7 +221,7 @@ def test_the_average_combines_scaled_columns_and_independent_half_widths(same_pr
     half = sqrt(0.02**2 + 0.02**2 + (0.05 / 5) ** 2 + (0.20 / 26) ** 2) / 4
     assert (found.low, found.high) == pytest.approx((found.value - half, found.value + half))
     assert (found.paper, found.verdict) == (0.7165, "above")  # 0.703 +- 0.008
-    assert found.of == ("geneval", "ocr", "deqa", "pickscore")
+    assert found.of == ("geneval", "ocr", "deqa", "preference")
 
 
 @pytest.mark.parametrize("absent", MEASURED)
@@ -282,7 +282,7 @@ def test_the_miniature_s_average_lacks_what_it_lacks():
 
 def test_a_run_without_a_column_of_the_table_is_refused():
     other = {**summary("ocr"), "key": "geneval2"}
-    with pytest.raises(RequestError, match=r"none of its metrics is one of geneval, ocr, deqa, pickscore, shapes_"):
+    with pytest.raises(RequestError, match=r"none of its metrics is one of geneval, ocr, deqa, preference, shapes_"):
         beside_paper({"m": {"geneval2": other}})
     with pytest.raises(RequestError):
         beside_paper({})

@@ -175,6 +175,24 @@ def test_a_setting_off_the_record_is_warned_of_once(pipe, caplog):
     assert messages == ["guidance_scale is 2.25 here, but 4.5 in the model's sampling record."]
 
 
+def test_an_expert_made_for_another_guidance_scale_keeps_it_in_any_batch(tmp_path, caplog):
+    own = FlowOPDPipeline.from_pretrained(fetch_base("builtin:tiny"), record=TINY_RECORD, dtype=torch.float32)
+    own.set_progress_bar_config(disable=True)
+    own.add_experts({"free": random_adapter(own.transformer, 0)}, {"free": 1.0})
+    assert (own.guidance("free"), own.guidance(None)) == (1.0, 4.5)
+    own.save_pretrained(tmp_path)
+    again = FlowOPDPipeline.from_pretrained(tmp_path, dtype=torch.float32)
+    again.set_progress_bar_config(disable=True)
+    with caplog.at_level(logging.WARNING, "flowopd_eval"):
+        for p in (own, again):
+            both = latents(p, PROMPTS[:2], expert=["free", None], seed=[1, 2])
+            assert close(both[0], latents(p, PROMPTS[0], expert="free", seed=1, guidance_scale=1.0)[0])
+            assert close(both[1], latents(p, PROMPTS[1], seed=2, guidance_scale=4.5)[0])
+    assert not [record for record in caplog.records if "guidance_scale" in record.message]
+    guided = latents(own, PROMPTS[0], expert="free", seed=1, guidance_scale=4.5)
+    assert not close(guided[0], both[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -108,7 +108,7 @@ def test_a_run_reads_back_as_its_summaries_say(out):
 def test_the_overview_holds_every_model_and_bench(out):
     summaries = summarise_run(out)
     written = json.loads((out / "summary.json").read_text())
-    assert written == {"schema": 1, "models": summaries}
+    assert written == {"schema": 1, "models": summaries, "unavailable": {}}
     assert {model: set(benches) for model, benches in summaries.items()} == {
         "tiny:base": {"squares", "beauty"},
         "tiny:student": {"squares"},

@@ -282,17 +282,20 @@ def test_rewards_of_a_users_file_are_weighted_by_task_and_a_failed_judgement_is_
     assert [values["total"] for values in found[:3] + found[4:]] == [2.25, 1.5, 0.25, 1.5]
     assert math.isnan(found[3]["total"])
     assert found[1] == {flat: 0.5, "total": 1.5}
-    assert json.loads(json.dumps(rewards.identity()))[bright] == {"name": "bright"}
+    assert json.loads(json.dumps(rewards.identity()))[bright]["identity"] == {"name": "bright"}
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sharpness", "Unknown reward 'sharpness'; expected one of partial_credit, .*ocr, .*or FILE.py:Class"),
-        ("{folder}/rewards.py", "Unknown reward"),
+        (
+            "sharpness",
+            "Reward 'sharpness': .*expected FILE.py:Class, or an entry point.*Built in: partial_credit, .*ocr",
+        ),
+        ("{folder}/rewards.py", "Unknown scorer"),
         ("{folder}/dim.py:Bright", "there is no file .*dim.py"),
         ("{folder}/rewards.py:Smile", r"rewards\.py has no Smile"),
-        ("{folder}/rewards.py:Mute", "Mute' has no method `score`"),
+        ("{folder}/rewards.py:Mute", r"Mute' has no method `score\(images, prompts\)`"),
     ],
 )
 def test_a_reward_that_is_none_is_named(name, message, tiny):
@@ -302,6 +305,7 @@ def test_a_reward_that_is_none_is_named(name, message, tiny):
 
 def test_a_users_file_is_a_module_like_any_other(tmp_path):
     head = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass Smile:\n"
-    body = "    scale: float = 2.0\n    def identity(self): return {}\n    def score(self, images, prompts): ...\n"
+    body = "    scale: float = 2.0\n    def score(self, images, prompts): return [self.scale for _ in images]\n"
     (tmp_path / "my_reward.py").write_text(head + body)  # dataclasses look their module up by its name
-    assert load_reward(f"{tmp_path / 'my_reward.py'}:Smile").scale == 2.0
+    scorer = load_reward(f"{tmp_path / 'my_reward.py'}:Smile")
+    assert scorer.score([Image.new("RGB", (4, 4))], [Prompt("a", "a", "x")])[0].value == 2.0

@@ -471,13 +471,6 @@ def test_nft_contrasts_the_groups_that_differ_and_counts_what_is_not_judged(tiny
     assert line["moved"] > 0  # of the second update: the first starts where the pictures were drawn
 
 
-def test_nft_makes_good_pictures_likelier(tiny, tmp_path):
-    settings = {"optimizer": {"learning_rate": 5e-3, "ema": 0.0, "ema_every": 1}, "batch_size": 16, "micro_batch": 8}
-    run(tiny, "nft", tmp_path, steps=12, group_size=8, **settings)
-    rewards = [np.mean([line["reward/signs"]]) for line in log(tmp_path)]
-    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.05
-
-
 def test_noise_stops_the_run_and_pictures_do_not(tmp_path):
     random, alarms = np.random.default_rng(0), Alarms(3, tmp_path)
     with pytest.raises(WorkError, match="Stopped at step 8: the student draws noise"):

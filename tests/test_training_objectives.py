@@ -267,3 +267,28 @@ def test_what_a_group_has_in_common_cancels_from_the_contrast() -> None:
 def test_optimality_is_a_share_and_halves_at_the_mean() -> None:
     found = objectives.optimality(torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0]), 2.0)
     assert found.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_the_contrast_moves_a_gaussian_to_where_the_reward_is() -> None:
+    """The velocity of data N(mean, 0.5^2) in closed form, its mean learned: up with the reward, nowhere without one."""
+
+    def velocity(mean: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
+        kept = 1 - sigma
+        clean = mean + kept * 0.25 / (kept**2 * 0.25 + sigma**2) * (x - kept * mean)
+        return (x - kept * clean) / sigma - clean
+
+    ends = []
+    for rewarded in (True, False):
+        mean, source = torch.zeros(1, dtype=torch.float64, requires_grad=True), torch.Generator().manual_seed(0)
+        for _ in range(40):
+            noise = torch.randn(3, 64, 1, 1, 1, generator=source, dtype=torch.float64)
+            clean, sigma = mean.detach() + 0.5 * noise[0], torch.sigmoid(noise[2])
+            rewards = (clean if rewarded else torch.ones_like(clean)).flatten()
+            r = objectives.optimality(objectives.group_advantage(rewards, 64, "batch"), 2.0)
+            x = (1 - sigma) * clean + sigma * noise[1]
+            old = velocity(mean.detach(), x, sigma)
+            loss = objectives.contrast(velocity(mean, x, sigma), old, noise[1] - clean, r, 1.0).mean()
+            mean.data -= 0.1 * torch.autograd.grad(loss, mean)[0]
+        ends.append(mean.item())
+    assert ends[0] > 0.5
+    assert ends[1] == 0.0

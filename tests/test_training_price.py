@@ -16,7 +16,6 @@ from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from random_adapters import TARGETS, random_adapter
 from safetensors.torch import load_file
-from tiny_training import REWARDED
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,7 +77,7 @@ def broad(tmp_path_factory) -> Path:
 def recipe(tiny, broad: Path, out: Path, stage: str, **changes):
     """A recipe on the broad base: rank 8 where the experts have 4."""
     values = {"base": str(broad / "base"), "lora": {"rank": 8, "alpha": 16, "target_modules": TARGETS}, "seed": 1}
-    if stage not in REWARDED:
+    if stage not in ("grpo", "nft"):
         values["teachers"] = {name: {"source": str(broad / name)} for name in ("one", "two")}
     if stage == "distill":
         values["anchor"] = {"source": str(broad / "anchor")}

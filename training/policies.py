@@ -145,7 +145,7 @@ class Policies:
         self.embeddings = Embeddings(Path(config.cache), self._encoders_sha256(), self._encode)
 
     def _expert(self, name: str, teacher: Teacher, adapter: Adapter | None) -> Expert:
-        guidance = teacher.guidance or self.record.guidance
+        guidance = teacher_guidance(teacher, self.record)
         length = self.record.text_length if teacher.text_length is None else teacher.text_length
         if adapter is not None:
             return Expert(name, name, None, guidance, length, adapter.sha256)
@@ -258,6 +258,14 @@ def guidance_of(config: Trained, record: SamplingRecord) -> float:
     if isinstance(config, NFTConfig):
         return config.guidance
     return record.guidance if isinstance(config, SFTConfig) else config.rollout.guidance or record.guidance
+
+
+def teacher_guidance(teacher: Teacher, record: SamplingRecord) -> float:
+    """The scale a teacher teaches with: the recipe's, else that of the model it names, else the base's record's."""
+    if teacher.guidance is not None:
+        return teacher.guidance
+    named = teacher.source.partition(":")[0] in FAMILIES
+    return resolve(teacher.source).record.guidance if named else record.guidance
 
 
 def _load(folder: Path, record: SamplingRecord, dtype: torch.dtype, parts: Mapping[str, Any]) -> FlowOPDPipeline:

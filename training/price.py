@@ -38,7 +38,7 @@ from training.architecture import Architecture, architecture, build, text_encode
 from training.config import Config, DistillConfig, GRPOConfig, NFTConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
 from training.meter import Meter, device_attention
-from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of
+from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of, teacher_guidance
 from training.rollout import Schedule
 
 # Effective TFLOP/s of a training step, by the recipe's precision. Assumed, not measured.
@@ -105,7 +105,7 @@ class Weightless(Policies):
                 name,
                 name if ranks[name] else None,
                 self._transformer(base) if ranks[name] == 0 else None,
-                teacher.guidance or base.record.guidance,
+                teacher_guidance(teacher, base.record),
                 base.record.text_length if teacher.text_length is None else teacher.text_length,
                 None,
             )
@@ -267,7 +267,7 @@ def trained_steps(rollout: Rollout, possible: Sequence[bool]) -> float:
 def work(config: Trained, record: SamplingRecord) -> tuple[Work, ...]:
     """The transformer's work for one sample of ``config``, on average."""
     shares = sum(task.share for task in config.tasks)
-    guidances = {name: t.guidance or record.guidance for name, t in config.teachers.items()}
+    guidances = {name: teacher_guidance(t, record) for name, t in config.teachers.items()}
     # Without a teacher (GRPO may have none) nothing is taught.
     taught = sum(t.share / shares * _rows(guidances[t.teacher]) for t in config.tasks if t.teacher in guidances)
     if isinstance(config, DistillConfig):
@@ -294,7 +294,7 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
     if config.pull:
-        parts.append(Work("anchor", trained * _rows(config.pull.guidance or record.guidance)))
+        parts.append(Work("anchor", trained * _rows(teacher_guidance(config.pull, record))))
     if config.objective == "policy_gradient":
         parts.append(Work("teachers, for the reward-to-go", r.steps * taught))
         parts.append(_with_backward("student, trained on its actions", sum(schedule.stochastic) * rows, config))

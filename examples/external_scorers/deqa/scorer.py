@@ -7,7 +7,6 @@ The protocol is in flowopd_eval/scorers/external.py.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import re
@@ -21,7 +20,7 @@ MODEL = "zhiyuanyou/DeQA-Score-Mix3"
 def commit(text: str) -> str:
     """A full commit: a branch or a tag could be other code tomorrow."""
     if not re.fullmatch(r"[0-9a-f]{40}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no commit of 40 hexadecimal digits")
+        raise argparse.ArgumentTypeError(f"{text!r} is no commit of 40 hex digits")
     return text
 
 
@@ -30,46 +29,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--revision", type=commit, required=True, help=f"commit of {MODEL} to load and run")
     parser.add_argument("--trust-remote-code", action="store_true", required=True, help="run that commit's Python")
-    parser.add_argument("--jpeg", action="store_true", help="show it JPEGs, as the client of Flow-GRPO does")
-    arguments = parser.parse_args()
+    revision = parser.parse_args().revision
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the libraries print is no reply
     import torch
     from PIL import Image
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        MODEL,
-        revision=arguments.revision,
-        trust_remote_code=arguments.trust_remote_code,
-        attn_implementation="eager",
-        torch_dtype=torch.float16 if torch.cuda.is_available() else torch.float32,
-        device_map="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    identity = {"protocol": 1, "name": "deqa", "model": MODEL, "revision": arguments.revision}
-    identity |= {"version": version("transformers"), "jpeg": arguments.jpeg}
+    where = {"torch_dtype": torch.float16, "device_map": "cuda"} if torch.cuda.is_available() else {}
+    known = {"revision": revision, "trust_remote_code": True, "attn_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(MODEL, **known, **where)
+    identity = {"protocol": 1, "name": "deqa", "model": MODEL, "revision": revision, "version": version("transformers")}
     print(json.dumps(identity), file=replies, flush=True)
-
-    def picture(path: str) -> Image.Image:
-        image = Image.open(path).convert("RGB")
-        if not arguments.jpeg:
-            return image
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG")
-        return Image.open(buffer).convert("RGB")
 
     def score(item: dict[str, Any]) -> dict[str, Any]:
         try:
             with torch.no_grad():
-                return {"value": float(model.score([picture(item["picture"])])[0])}  # 1 to 5
+                return {"value": float(model.score([Image.open(item["picture"]).convert("RGB")])[0])}
         except (OSError, RuntimeError, ValueError) as error:
             return {"value": None, "error": f"{type(error).__name__}: {error}"}
 
     for line in sys.stdin:
         request = json.loads(line)
-        answer = {"id": request["id"], "scores": [score(item) for item in request["items"]]}
-        print(json.dumps(answer), file=replies, flush=True)
+        print(
+            json.dumps({"id": request["id"], "scores": [score(i) for i in request["items"]]}), file=replies, flush=True
+        )
 
 
-if __name__ == "__main__":
-    main()
+main()
