@@ -29,7 +29,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.table2 import ANCHOR, BENCHES, SOURCES, value
+from benchmarks.table2 import BENCHES, WITHOUT_GUIDANCE, value
 from flowopd_eval.records import Prompt
 from flowopd_eval.store import prompt_lines
 from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_prompts, sign_training_prompts
@@ -37,18 +37,17 @@ from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_pr
 RUNS = Path("runs/settings")
 RESULTS = Path("benchmarks/results/settings.json")
 TRAINED = Path("runs/train")  # of the teachers: `python -m training training/recipes/tiny_nft_…` goes on with them
-WITHOUT_GUIDANCE = ("--guidance", "1")
 CLOSE = 0.01
 DEVELOPMENT = {
     "geneval": lambda: shapes_training_prompts()[1],
     "ocr": lambda: sign_training_prompts()[1],
     "quality": lambda: quality_training_prompts()[1],
 }
-OPD = (*SOURCES, ANCHOR, "start=merge", "steps=60")
-# choice -> (recipe, its changes, setting, candidates, benches it is judged by)
+OPD = ("start=merge", "steps=60")
+# choice -> (recipe, its changes, setting, candidates, benches it is judged by, how it is drawn)
 CHOICES = {
-    "grpo": ("tiny_grpo_geneval", ("steps=30",), "optimizer.learning_rate", (3e-4, 1e-3, 3e-3), ("geneval",)),
-    "opd": ("tiny_opd", OPD, "optimizer.learning_rate", (2e-4, 5e-4, 1e-3), tuple(BENCHES)),
+    "grpo": ("tiny_grpo_geneval", ("steps=30",), "optimizer.learning_rate", (3e-4, 1e-3, 3e-3), ("geneval",), ()),
+    "opd": ("tiny_opd", OPD, "optimizer.learning_rate", (2e-4, 5e-4, 1e-3), tuple(BENCHES), WITHOUT_GUIDANCE),
 }
 
 
@@ -83,16 +82,16 @@ def chosen(scores: dict[float, float]) -> float:
 
 def choose(name: str) -> dict:
     """Train and score the candidates of a choice; what was chosen and why."""
-    recipe, changes, setting, candidates, flags = CHOICES[name]
+    recipe, changes, setting, candidates, flags, drawn = CHOICES[name]
     scores, report = {}, {}
     for candidate in candidates:
         out = RUNS / "train" / f"{name}-{candidate:g}"
         sets = [word for change in (f"out={out}", f"{setting}={candidate}", *changes) for word in ("--set", change)]
         if not (out / "run.json").is_file():
             subprocess.run([sys.executable, "-m", "training", f"training/recipes/{recipe}.toml", *sets], check=True)
-        report[f"{candidate:g}"] = development_scores(out.name, out / "adapter", flags)
+        report[f"{candidate:g}"] = development_scores(out.name, out / "adapter", flags, *drawn)
         scores[candidate] = sum(report[f"{candidate:g}"].values()) / len(flags)
-    base = development_scores("base", None, flags)
+    base = development_scores("base-without-guidance" if drawn else "base", None, flags, *drawn)
     return {"setting": setting, "chosen": chosen(scores), "candidates": report, "base": base}
 
 

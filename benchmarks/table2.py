@@ -3,8 +3,10 @@
 Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
 ``benchmarks/results/table2.json``, ``docs/table2.md``, ``docs/table2.png`` (score against student samples) and
 ``docs/table2-pictures.png``. Stop it whenever you like: what is finished is kept, the arm at hand goes on from its
-checkpoint. Learning rates are those of ``benchmarks/results/settings.json`` (see :mod:`benchmarks.settings`). The
-adapters lie under ``runs/table2/train/ARM/adapter``.
+checkpoint. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr`` and ``tiny:quality``, made by DiffusionNFT
+where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix is NFT-Mix
+here. All of them, and the students, are trained and drawn without guidance; the base also with its own. Every student
+sees :data:`SAMPLES` pictures of its own. The adapters lie under ``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from PIL import Image
 RUNS = Path("runs/table2")
 RESULTS = Path("benchmarks/results/table2.json")
 BENCHES = {"geneval": "shapes_geneval", "ocr": "sign_ocr", "quality": "shapes_quality"}
-TEACHERS = ("geneval", "ocr", "quality")
 SHOWN = 12  # prompts on the page of pictures
+SAMPLES = 3200  # of each student
+WITHOUT_GUIDANCE = ("--guidance", "1")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Arm:
 
     name: str
     title: str
-    recipe: str
+    recipe: str | None = None  # None: the model ``tiny:NAME``, not trained here
     changes: tuple[str, ...] = ()
 
     @property
@@ -54,37 +57,27 @@ def setting(choice: str) -> tuple[str, ...]:
     return (f"{found['setting']}={found['chosen']}",) if found else ()
 
 
-def _trained_teacher(name: str) -> Path:
-    return RUNS / "train" / f"grpo-{name}" / "adapter"
-
-
-SOURCES = tuple(f"teachers.{name}.source={_trained_teacher(name)}" for name in TEACHERS)
-_MERGED = "{" + ", ".join(f'"{_trained_teacher(name)}" = {1 / len(TEACHERS)}' for name in TEACHERS) + "}"
-ANCHOR = f"anchor.source={_trained_teacher('quality')}"
-
-
-def _grpo(recipe: str, name: str, title: str, *changes: str) -> Arm:
-    return Arm(name, title, recipe, (*setting("grpo"), "snapshot_every=20", *changes))
+def _mix(recipe: str, name: str, title: str, *changes: str) -> Arm:
+    steps = SAMPLES // 128
+    return Arm(name, title, recipe, (f"steps={steps}", f"snapshot_every={steps // 5}", *changes))
 
 
 def _opd(name: str, title: str, start: str, *changes: str) -> Arm:
-    return Arm(
-        name,
-        title,
-        "tiny_opd",
-        (*SOURCES, ANCHOR, *setting("opd"), f"start={start}", "steps=300", "snapshot_every=60", *changes),
-    )
+    steps = SAMPLES // 32
+    kept = (f"start={start}", f"steps={steps}", f"snapshot_every={steps // 5}")
+    return Arm(name, title, "tiny_opd", (*setting("opd"), *kept, *changes))
 
 
 _SFT = str(RUNS / "train" / "sft" / "adapter")
 ARMS = (
-    _grpo("tiny_grpo_geneval", "grpo-geneval", "GRPO-GenEval (teacher)"),
-    _grpo("tiny_grpo_ocr", "grpo-ocr", "GRPO-OCR (teacher)"),
-    _grpo("tiny_grpo_quality", "grpo-quality", "GRPO-Quality (teacher, anchor)"),
-    _grpo("tiny_mix_two", "mix-two", "GRPO-Mix (GenEval + OCR)"),
-    _grpo("tiny_mix", "mix", "GRPO-Mix (all rewards)"),
-    Arm("merge", "Merge of the teachers", "tiny_merge", (f"teachers={_MERGED}",)),
-    Arm("sft", "SFT on the teachers' pictures", "tiny_sft", SOURCES),
+    Arm("base", "the base, guidance 1"),
+    Arm("geneval", "NFT-GenEval (teacher)"),
+    Arm("ocr", "NFT-OCR (teacher)"),
+    Arm("quality", "NFT-Quality (teacher, anchor)"),
+    _mix("tiny_nft_mix_two", "mix-two", "NFT-Mix (GenEval + OCR)"),
+    _mix("tiny_nft_mix", "mix", "NFT-Mix (all rewards)"),
+    Arm("merge", "Merge of the teachers"),
+    Arm("sft", "SFT on the teachers' pictures", "tiny_sft"),
     _opd("opd-none", "Flow-OPD (no cold start)", "none"),
     _opd("opd-sft", "Flow-OPD (SFT)", _SFT),
     _opd("opd-merge", "Flow-OPD (merge)", "merge"),
@@ -93,37 +86,30 @@ ARMS = (
     _opd("opd-merge-no-mar", "Flow-OPD (merge), without MAR", "merge", "anchor.weight=0"),
     _opd("opd-merge-code", "Flow-OPD (merge), weight flow-opd-code", "merge", "kl_weight=flow-opd-code"),
     _opd("opd-merge-velocity", "Flow-OPD (merge), weight velocity", "merge", "kl_weight=velocity"),
-    *(_grpo("tiny_mix", f"mix-seed{n}", f"GRPO-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
+    *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
     *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
 )
 
 
 def train(arm: Arm) -> None:
     """Train an arm unless it is finished."""
-    if not (arm.out / "finished").is_file():
+    if arm.recipe and not (arm.out / "finished").is_file():
         subprocess.run(arm.command, check=True)
         (arm.out / "finished").touch()
 
 
-def evaluate(name: str, lora: Path | None, *more: str) -> dict[str, Any]:
+def evaluate(name: str, *model: str) -> dict[str, Any]:
     """Both suites and the quality of a model; bench -> summary. Finished parts are not drawn again."""
     out = RUNS / "evaluation" / name
-    adapter = ["--lora", str(lora)] if lora else []
     benches = [word for flag in BENCHES for word in ("--bench", flag)]
-    command = [
-        sys.executable,
-        "-m",
-        "flowopd_eval",
-        "--model",
-        "tiny:base",
-        *adapter,
-        *benches,
-        "--out",
-        str(out),
-        *more,
-    ]
+    command = [sys.executable, "-m", "flowopd_eval", *model, *benches, "--out", str(out)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return next(iter(json.loads((out / "summary.json").read_text())["models"].values()))
+
+
+def drawn_by(adapter: Path) -> tuple[str, ...]:
+    """The options that draw with a student."""
+    return ("--model", "tiny:base", "--lora", str(adapter), *WITHOUT_GUIDANCE)
 
 
 def curve(arm: Arm) -> list[dict[str, float]]:
@@ -132,7 +118,7 @@ def curve(arm: Arm) -> list[dict[str, float]]:
     batch = json.loads((arm.out / "recipe.json").read_text())["batch_size"]
     for snapshot in sorted((arm.out / "snapshots").glob("step-*")):
         step = int(snapshot.name.removeprefix("step-"))
-        found = evaluate(f"{arm.name}-{snapshot.name}", snapshot, "--limit", "16")
+        found = evaluate(f"{arm.name}-{snapshot.name}", *drawn_by(snapshot), "--limit", "16")
         points.append({"samples": step * batch, **{flag: value(found[flag]) for flag in BENCHES}})
     return points
 
@@ -143,24 +129,28 @@ def value(summary: dict[str, Any]) -> float:
 
 
 def row(arm: Arm | None) -> dict[str, Any]:
-    """What the table says of an arm (None: the base)."""
-    name = arm.name if arm else "base"
-    found = evaluate(name, arm.out / "adapter" if arm else None)
+    """What the table says of an arm (None: the base as it is meant to be drawn, guided)."""
+    name = arm.name if arm else "base-guided"
+    if arm is None:
+        found = evaluate(name, "--model", "tiny:base")
+    elif arm.recipe is None:
+        found = evaluate(name, "--model", f"tiny:{name}", *WITHOUT_GUIDANCE)
+    else:
+        found = evaluate(name, *drawn_by(arm.out / "adapter"))
     scores = {flag: found[flag]["metrics"]["overall"] for flag in BENCHES}
     kept = {
-        "title": arm.title if arm else "the base",
+        "title": arm.title if arm else "the base, guidance 4.5",
         "scores": scores,
         "average": sum(value(found[f]) for f in BENCHES) / 3,
+        "generator": found["geneval"]["generator"],
     }
-    if arm is None:
-        return kept | {"generator": found["geneval"]["generator"]}
-    run = arm.out / "run.json"
-    facts = json.loads(run.read_text()) if run.is_file() else {}
+    if arm is None or arm.recipe is None:
+        return kept
+    facts = json.loads((arm.out / "run.json").read_text())
     return kept | {
         "command": " ".join(["python", *arm.command[1:]]),
-        "generator": found["geneval"]["generator"],
-        "samples": facts.get("samples", 0),
-        "identity": facts.get("identity"),
+        "samples": facts["samples"],
+        "identity": facts["identity"],
         "curve": curve(arm),
     }
 
@@ -191,7 +181,9 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         for found in results.values():
             points = found.get("curve") or []
             axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
-        axis.axhline(results["base"]["scores"][flag]["value"], color="grey", linestyle=":", label="the base")
+        axis.axhline(
+            results["base"]["scores"][flag]["value"], color="grey", linestyle=":", label="the base, guidance 1"
+        )
         axis.set(title=key, xlabel="student samples", ylabel="score")
     axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
@@ -222,9 +214,9 @@ def main() -> int:
             f"No arm {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in ARMS)}.", file=sys.stderr
         )
         return 2
-    results: dict[str, dict[str, Any]] = {"base": row(None)}
+    results: dict[str, dict[str, Any]] = {"base-guided": row(None)}
     for arm in ARMS:
-        if wanted and arm.name not in wanted and not (arm.out / "finished").is_file():
+        if wanted and arm.name not in wanted and arm.recipe and not (arm.out / "finished").is_file():
             continue
         train(arm)
         results[arm.name] = row(arm)
