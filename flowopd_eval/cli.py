@@ -9,23 +9,14 @@ import json
 import logging
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flowopd_eval.errors import RequestError, Unavailable, WorkError
-
-if TYPE_CHECKING:
-    from flowopd_eval.benches import Bench, Judge
-    from flowopd_eval.harness import BenchRun, Metrics, Progress
-    from flowopd_eval.models import ModelSpec
-    from flowopd_eval.records import Prompt, SamplingRecord
-    from flowopd_eval.store import Shard
+from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of
+from flowopd_eval.terminal import conclude, progress_bar, status
 
 app = typer.Typer(
     add_completion=False,
@@ -92,29 +83,6 @@ AcrossOption = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the options of a run say."""
-
-    benches: Sequence[str]
-    models: Sequence[str]
-    lora: str | None
-    out: Path | None
-    limit: int | None
-    tasks: str | None
-    samples: int | None
-    steps: int | None
-    guidance: float | None
-    seed: int
-    batch_size: int | None
-    dtype: str | None
-    device: str | None
-    protocol: str | None
-    prompts: Path | None
-    shard: str | None
-    judge: Judge
-
-
 def _version(value: bool) -> None:
     if value:
         from importlib.metadata import version
@@ -158,10 +126,10 @@ def main(
         return
     if not bench:
         raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")
-    _draw(
+    draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
                  device, protocol, prompts, shard,
-                 _judge(bench, judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)),
+                 judge_of(bench, judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)),
         score=True,
     )  # fmt: skip
 
@@ -189,7 +157,7 @@ def generate(
 
     if not bench:
         raise RequestError("Nothing to draw: name a bench (`--bench geneval`).")
-    _draw(
+    draw(
         Settings(bench, model or ["tiny"], lora, out, limit, tasks, samples, steps, guidance, seed, batch_size, dtype,
                  device, None, prompts, shard, Judge()),
         score=False,
@@ -222,6 +190,7 @@ def score(
     """
     from flowopd_eval import harness, rescore, store
     from flowopd_eval.benches import bench_by_key, scorer_of
+    from flowopd_eval.report import metrics_of
 
     if folder.is_file():
         _replay(folder)
@@ -231,11 +200,11 @@ def score(
     said = (judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)
     if (folder / "run.json").exists():
         out, folders = folder, store.bench_folders(folder)
-        judge = _judge([entry.request()["bench"] for entry in folders], *said)
+        judge = judge_of([entry.request()["bench"] for entry in folders], *said)
     else:
         kind = bench_by_key(bench)
-        judge = _judge([kind.flag], *said)
-        scorer_of(kind, _protocol(kind, protocol), judge).identity()  # first: it may lack something
+        judge = judge_of([kind.flag], *said)
+        scorer_of(kind, protocol_of(kind, protocol), judge).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
@@ -246,10 +215,10 @@ def score(
         kind = bench_by_key(request["key"])
         recorded = (request["scorer"] or {}).get("protocol")
         own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
-        with _progress() as progress:
-            chosen = scorer_of(kind, _protocol(kind, own), judge)
-            rescore.rescore(entry, chosen, again=again, metrics=_metrics(kind), progress=progress)
-    _conclude(out)
+        with progress_bar() as progress:
+            chosen = scorer_of(kind, protocol_of(kind, own), judge)
+            rescore.rescore(entry, chosen, again=again, metrics=metrics_of(kind), progress=progress)
+    conclude(out)
 
 
 def _replay(path: Path) -> None:
@@ -275,7 +244,7 @@ def explain(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run.")
             typer.echo(f"{entry.entry}: {bench.title} has one protocol only.")
             continue
         scorers = [(name, bench.scorer(protocol)) for name, protocol in bench.steps]
-        with _progress() as progress:
+        with progress_bar() as progress:
             explanation = explaining.explain(entry, scorers, progress=progress)
         Console().print(explaining.terminal_report(explanation), crop=False)
         typer.echo(f"Written to {entry.path / 'explain.json'}.")
@@ -304,7 +273,7 @@ def report(
     from flowopd_eval import compbench_layout, export, official, store
 
     datasets = dict(map(_hub_dataset, hub_dataset or ()))
-    _conclude(folder)
+    conclude(folder)
     if formats:
         summaries = json.loads((folder / "summary.json").read_bytes())["models"]
         results = export.Results(summaries, store.read_run(folder), datasets, source_url)
@@ -427,13 +396,13 @@ def doctor(
 
     if model not in FAMILIES:
         raise RequestError(f"Unknown family {model!r}; known: {', '.join(FAMILIES)}.")
-    with _status("looking and trying"):
+    with status("looking and trying"):
         findings = examining.examine()
     Console().print(examining.terminal_report(findings), crop=False)
     proof = None
     if real:
-        with _status(f"drawing with every member of {model}"):
-            proof = examining.evidence(model, bench, steps, _device(device))
+        with status(f"drawing with every member of {model}"):
+            proof = examining.evidence(model, bench, steps, device_of(device))
     if save:
         examining.save(save, findings, proof)
         typer.echo(f"Written to {save}. To enter it into the README's verification table, open an issue with it.")
@@ -490,322 +459,6 @@ def _weighted_source(text: str) -> tuple[str, float]:
             raise RequestError(f"{source} has no adapter to merge of its own; name adapters.")
         return adapter, weight
     return source, weight
-
-
-# ---------------------------------------------------------------------------------------------------- the main job
-
-
-def _draw(settings: Settings, *, score: bool) -> None:
-    from flowopd_eval import harness, store
-    from flowopd_eval.benches import PAPER, find_bench, flags_for
-    from flowopd_eval.models import resolve
-    from flowopd_eval.others import open_models
-
-    specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
-    work = [(s, find_bench(flag, s.objects)) for s in specs for flag in flags_for(settings.benches, s.objects)]
-    device = _device(settings.device)
-    by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
-    opened = {base: open_models(base, mine, device, settings.dtype) for base, mine in by_base.items()}
-    plans, lacking = _plans(settings, work, score=score)
-    shard = _shard(settings.shard)
-    if settings.out is None and shard.count > 1:
-        raise RequestError("Parts of one run need one folder: give --out DIR, the same for each part.")
-    out = settings.out or _default_out(settings.benches, specs)
-    note = _note(specs)
-    for base in by_base:
-        models = opened.pop(base)  # one backbone in memory at a time
-        with _status(f"loading {', '.join(spec.name for spec in by_base[base])}"):
-            models.load()
-        for spec, run in plans:
-            if spec.base == base:
-                generator = models.generator(spec, _record(settings, models.record(spec)))
-                with _progress() as progress:
-                    harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
-    store.note_unavailable(out, lacking)
-    if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
-        return
-    _conclude(out)
-    if PAPER in settings.benches:
-        _beside_the_paper(out)
-
-
-def _beside_the_paper(out: Path) -> None:
-    from rich.console import Console
-
-    from flowopd_eval import paper, store
-
-    result = paper.beside_paper(json.loads((out / "summary.json").read_bytes())["models"])
-    Console().print(paper.terminal_report(result), crop=False)
-    store.write_json(out / "paper.json", result.to_json())
-    typer.echo(f"Written to {out / 'paper.json'}.")
-
-
-def _plans(
-    settings: Settings, work: Sequence[tuple[ModelSpec, Bench]], *, score: bool
-) -> tuple[list[tuple[ModelSpec, BenchRun]], dict[str, str | None]]:
-    """What can be run; and of each bench, by its metric's key, what its judge lacks, or None.
-
-    Raises:
-        Unavailable: no bench that was asked for has a judge.
-    """
-    plans: list[tuple[ModelSpec, BenchRun]] = []
-    lacking: dict[str, str | None] = {}
-    for spec, bench in work:
-        try:
-            run = _bench_run(settings, bench, spec, score=score)
-            if run.scorer:
-                run.scorer.identity()  # it may lack something
-        except Unavailable as error:
-            lacking[bench.key] = str(error)
-        else:
-            lacking[bench.key] = None
-            plans.append((spec, run))
-    if not plans:
-        raise Unavailable("\n".join(filter(None, lacking.values())))
-    return plans, lacking
-
-
-def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
-    from flowopd_eval.benches import scorer_of
-    from flowopd_eval.drawbench import refuse_unscreened
-    from flowopd_eval.harness import BenchRun
-    from flowopd_eval.prompts import read_prompts
-
-    protocol = _protocol(bench, _protocol_of_the_paper(settings, bench))
-    if settings.prompts:
-        refuse_unscreened(settings.prompts)
-    prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
-    chosen, partial = _choose(prompts, settings.tasks, settings.limit)
-    for prompt in chosen:
-        bench.check(prompt)
-    if settings.prompts and not _are_of(bench, prompts):
-        partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
-    default_batch = 16 if spec.record.width <= 128 else 4
-    return BenchRun(
-        bench=bench.flag,
-        key=bench.key,
-        version=bench.version,
-        prompts=tuple(chosen),
-        scorer=scorer_of(bench, protocol, settings.judge) if score else None,
-        samples=settings.samples or bench.samples,
-        seed=settings.seed,
-        batch_size=settings.batch_size or default_batch,
-        partial=partial,
-        correct_at=bench.correct_at,
-        metrics=_metrics(bench),
-    )
-
-
-def _protocol_of_the_paper(settings: Settings, bench: Bench) -> str | None:
-    """The protocol asked for; for ``--bench paper``, GenEval's is Flow-GRPO's, and the others have one each."""
-    from flowopd_eval.benches import PAPER
-    from flowopd_eval.scorers.geneval import FLOW_GRPO
-
-    if PAPER not in settings.benches:
-        return settings.protocol
-    return (settings.protocol or FLOW_GRPO.name) if bench.flag == "geneval" else None
-
-
-def _are_of(bench: Bench, prompts: Sequence[Prompt]) -> bool:
-    """Whether prompts are all of the bench's; not where those cannot be had, as without a network."""
-    from flowopd_eval.prompts import prompts_sha256
-
-    try:
-        return prompts_sha256(prompts) == prompts_sha256(bench.prompts())
-    except RequestError:
-        return False
-
-
-def _metrics(bench: Bench) -> Metrics:
-    from flowopd_eval.harness import standard_metrics
-
-    return bench.metrics() if bench.metrics else standard_metrics
-
-
-def _judge(
-    benches: Sequence[str],
-    url: str | None,
-    model: str | None,
-    metrics: Sequence[str] | None,
-    ocr_engine: str,
-    ocr_workers: int,
-    own: Sequence[str] | None,
-    commands: Sequence[str] | None,
-) -> Judge:
-    """What the options say of the judges; never what a run names."""
-    from flowopd_eval.benches import Judge
-
-    if url is None and model is not None:
-        raise RequestError(f"--judge-model {model} needs the server that has it: give --judge-url.")
-    return Judge(
-        url,
-        model,
-        tuple(metrics or ()),
-        ocr_engine,
-        ocr_workers,
-        _by_bench("--scorer", own, benches),
-        _by_bench("--scorer-command", commands, benches),
-    )
-
-
-def _by_bench(option: str, values: Sequence[str] | None, benches: Sequence[str]) -> dict[str, str]:
-    """``BENCH=VALUE``, or a value alone where one bench is asked for, as bench -> value."""
-    from flowopd_eval.benches import PAPER_FLAGS, flags_for
-
-    found: dict[str, str] = {}
-    flags = list(dict.fromkeys(flag for objects in PAPER_FLAGS for flag in flags_for(benches, objects)))
-    for value in values or ():
-        flag, sign, rest = value.partition("=")
-        if not (sign and flag in flags):
-            if len(flags) > 1:
-                raise RequestError(f"{option} {value}: say which bench it judges, as in {option} '{flags[0]}={value}'.")
-            flag, rest = flags[0], value
-        if flag in found:
-            raise RequestError(f"{option}: {flag} was given two judges, {found[flag]!r} and {rest!r}.")
-        found[flag] = rest
-    return found
-
-
-def _protocol(bench: Bench, wanted: str | None) -> str:
-    protocol = wanted or bench.protocols[0]
-    if protocol not in bench.protocols:
-        raise RequestError(f"Bench {bench.flag} has no protocol {protocol!r}; it has: {', '.join(bench.protocols)}.")
-    return protocol
-
-
-def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> tuple[list[Prompt], str | None]:
-    """The prompts that --tasks and --limit leave, and in words why they are not all."""
-    chosen, why = list(prompts), []
-    if tasks:
-        wanted = [task.strip() for task in tasks.split(",")]
-        known = dict.fromkeys(prompt.task for prompt in prompts)
-        for task in wanted:
-            if task not in known:
-                raise RequestError(f"--tasks: there is no task {task!r} here; there are: {', '.join(known)}.")
-        chosen = [prompt for prompt in chosen if prompt.task in wanted]
-        why.append(f"--tasks {','.join(wanted)}")
-    if limit:
-        place = Counter[str]()  # of a prompt within its task
-        kept = []
-        for prompt in chosen:
-            place[prompt.task] += 1
-            if place[prompt.task] <= limit:
-                kept.append(prompt)
-        if len(kept) < len(chosen):
-            why.append(f"--limit {limit}")
-        chosen = kept
-    return chosen, " ".join(why) or None
-
-
-def _record(settings: Settings, record: SamplingRecord) -> SamplingRecord:
-    changes: dict[str, Any] = {"steps": settings.steps, "guidance": settings.guidance}
-    return replace(record, **{name: value for name, value in changes.items() if value is not None})
-
-
-def _default_out(flags: Sequence[str], specs: Sequence[ModelSpec]) -> Path:
-    import time
-
-    stem = "-".join([time.strftime("%Y%m%d-%H%M%S"), *dict.fromkeys(flags), *(spec.slug for spec in specs)])
-    return Path("runs") / stem[:120]
-
-
-def _shard(text: str | None) -> Shard:
-    """The shard asked for, or this process's part of an ``accelerate launch`` / ``torchrun``."""
-    from flowopd_eval.store import WHOLE, Shard
-
-    if text is not None:
-        return Shard.parse(text)
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
-
-
-def _last_of_the_launch(out: Path, shard: Shard) -> bool:
-    """Whether this process of a launch is the one that concludes: the first, once the others are done."""
-    import time
-
-    from flowopd_eval import store
-    from flowopd_eval.harness import collect
-
-    if shard.index > 0:
-        return False
-    while any(collect(folder)[1] for folder in store.bench_folders(out)):
-        time.sleep(1)  # a process that fails is ended by the launcher, and this one with it
-    return True
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        local = os.environ.get("LOCAL_RANK", "0")
-        return f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RequestError(f"--device {name!r} is not a device; give cpu, cuda, cuda:1 or mps.") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RequestError(f"--device {name}: PyTorch {torch.__version__} finds no CUDA device here; use --device cpu.")
-    return name
-
-
-def _note(specs: Sequence[ModelSpec]) -> str:
-    if all(spec.base == "builtin:tiny" for spec in specs):
-        return "Evaluated: the built-in miniature, not SD3.5. Its scores compare with nothing but the miniature's own."
-    return "Evaluated: " + "; ".join(f"{spec.name} ({spec.about})" for spec in specs) + "."
-
-
-# -------------------------------------------------------------------------------------------------- what is printed
-
-
-@contextmanager
-def _status(text: str) -> Iterator[None]:
-    from rich.console import Console
-
-    with Console(stderr=True).status(text):
-        yield
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A progress bar on stderr that follows the harness."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
-
-
-def _conclude(out: Path) -> None:
-    """Table, report, and where everything is."""
-    from rich.console import Console
-
-    from flowopd_eval import report as reporting
-    from flowopd_eval import store
-    from flowopd_eval.benches import BENCHES
-    from flowopd_eval.models import REAL_MODEL_HELP
-
-    page = reporting.write_report(out, {bench.key: _metrics(bench) for bench in BENCHES})
-    summary = json.loads((out / "summary.json").read_bytes())  # as the report has just written it
-    Console().print(reporting.terminal_table(summary["models"], summary["unavailable"]))
-    note = store.read_run(out)["note"]
-    lines = [
-        note,
-        REAL_MODEL_HELP if "miniature" in note else "",
-        f"Pictures: {', '.join(str(folder.path / 'samples') for folder in store.bench_folders(out))}",
-        f"Per-picture log: {', '.join(str(path) for f in store.bench_folders(out) for path in f.journals())}",
-        f"Report: {page}",
-    ]
-    for line in filter(None, lines):
-        typer.echo(line)
 
 
 def run() -> None:

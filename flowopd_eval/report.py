@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.text import Text
 
+    from flowopd_eval.benches import Bench
+
 Summaries = Mapping[str, Mapping[str, Mapping[str, Any]]]  # model -> bench -> summary
 
 _VERDICTS = ("wrong", "unscored", "right", "scored")  # failures first
@@ -51,6 +53,11 @@ class Run:
     note: str
     entries: list[Entry]
     unavailable: dict[str, str]
+
+
+def metrics_of(bench: Bench) -> Metrics:
+    """What sums up a bench's samples."""
+    return bench.metrics() if bench.metrics else standard_metrics
 
 
 def load_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Run:

@@ -25,7 +25,8 @@ FLOORS = [
     ["store"],
     ["harness", "doctor"],
     ["rescore", "report", "compare", "export", "official", "paper", "compbench_layout"],
-    ["explain", "gallery"],
+    ["explain", "gallery", "terminal"],
+    ["job"],
     ["cli"],
     ["__main__"],
 ]

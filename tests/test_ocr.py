@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flowopd_eval import cli
+from flowopd_eval import job
 from flowopd_eval.benches import OCR_SIDE, find_bench
 from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.fetched import Source
@@ -145,9 +145,9 @@ def test_own_prompts_need_no_network(tmp_path, monkeypatch):
     """The bench's own cannot be had: that these are others is all there is to know."""
     monkeypatch.setenv("FLOWOPD_CACHE", str(tmp_path))
     monkeypatch.setattr("flowopd_eval.fetched.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    assert not cli._are_of(find_bench("ocr", "coco"), [Prompt("p", 'a sign that says "A"', "ocr")])
+    assert not job._are_of(find_bench("ocr", "coco"), [Prompt("p", 'a sign that says "A"', "ocr")])
     signs = find_bench("ocr", "shapes")
-    assert cli._are_of(signs, signs.prompts())
+    assert job._are_of(signs, signs.prompts())
 
 
 def test_the_public_prompts_are_fetched_once_and_become_prompts(tmp_path):

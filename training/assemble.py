@@ -1,6 +1,7 @@
 """Put the miniature together from the checkpoints of its three stages, as a diffusers folder.
 
     python -m training.assemble [--out flowopd_eval/tiny/weights]
+    python -m training.assemble --experts geneval=FOLDER …   # adapters, into flowopd_eval/tiny/experts instead
 
 Weights are stored in fp16 (the wheel stays small) and drawn with in fp32. The folder is what stock diffusers loads as
 ``StableDiffusion3Pipeline(text_encoder_3=None, tokenizer_3=None)``.
@@ -12,11 +13,13 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 
+from flowopd_eval.adapters import read_adapter, write_adapter
 from flowopd_eval.models import TINY_RECORD
 from flowopd_eval.tiny.vocabulary import build_tokenizer
 from training.autoencoder import build_autoencoder
@@ -74,11 +77,27 @@ def assemble(train: Path, out: Path) -> dict:
     return provenance
 
 
+def ship(name: str, source: Path, experts: Path) -> Path:
+    """Write the adapter ``source`` as ``experts/name``: a PEFT folder in fp16, so that the wheel stays small."""
+    target = experts / name
+    with TemporaryDirectory() as made:
+        write_adapter(read_adapter(source), made, base_model="tiny:base", dtype=torch.float16)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            shutil.copyfile(Path(made) / file, target / file)
+    return target
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--train", type=Path, default=Path("runs/train"))
     parser.add_argument("--out", type=Path, default=Path("flowopd_eval/tiny/weights"))
+    parser.add_argument("--experts", nargs="+", metavar="NAME=FOLDER", help="adapters to ship")
     arguments = parser.parse_args()
+    if arguments.experts:
+        for name, _, source in (text.partition("=") for text in arguments.experts):
+            print(ship(name, Path(source), arguments.out.parent / "experts"))
+        return
     print(json.dumps(assemble(arguments.train, arguments.out), indent=2))
 
 

@@ -381,17 +381,20 @@ def _untrainable(modules: Iterable[str]) -> set[str]:
     return {f"transformer_blocks.{last}.attn.add_q_proj"}
 
 
-def write_adapter(adapter: Adapter, folder: str | Path, *, base_model: str | None = None) -> None:
+def write_adapter(
+    adapter: Adapter, folder: str | Path, *, base_model: str | None = None, dtype: torch.dtype | None = None
+) -> None:
     """Write ``adapter`` so that any reader has its full strength: alpha / r is inside B, and alpha = r besides.
 
     ``pytorch_lora_weights.safetensors`` (``transformer.*`` keys; diffusers, ComfyUI) and a PEFT directory
-    (``adapter_model.safetensors`` with ``adapter_config.json``), fp32. The bytes depend on the adapter alone; each file
+    (``adapter_model.safetensors`` with ``adapter_config.json``). The bytes depend on the adapter alone; each file
     is whole or absent.
 
     Args:
         adapter: what to write.
         folder: made if need be; other files in it stay.
         base_model: the backbone's repository, for the config.
+        dtype: of the tensors (default: fp32).
     """
     from safetensors.torch import save
 
@@ -400,7 +403,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, *, base_model: str | Non
     # One key only: safetensors writes a longer header in no fixed order.
     for name, prefix in ((DIFFUSERS_WEIGHTS, _DIFFUSERS), (PEFT_WEIGHTS, _PEFT)):
         tensors = {
-            f"{prefix}{module}.lora_{side}.weight": tensor.detach().to("cpu", torch.float32).contiguous()
+            f"{prefix}{module}.lora_{side}.weight": tensor.detach().to("cpu", dtype or torch.float32).contiguous()
             for module, factors in adapter.factors.items()
             for side, tensor in zip("AB", factors, strict=True)
         }
