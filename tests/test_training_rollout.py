@@ -155,6 +155,16 @@ def test_the_two_step_solver_is_of_second_order() -> None:
         assert 3.3 < coarse / fine < 4.7
 
 
+def test_the_solver_of_first_order_is_the_ode_s_rollout() -> None:
+    x, schedule = torch.randn(2, 1, 3, 3), Schedule.of(5, 3.0, "ode", 0.0)
+
+    def velocity(i: int, x: Tensor) -> Tensor:
+        return x * schedule.sigmas[i] + x.roll(1, -1)
+
+    *_, last = rollout(schedule, velocity, x, generators([0, 1]))
+    torch.testing.assert_close(solve(schedule, velocity, x, order=1), last.x_next)
+
+
 def test_the_two_step_solver_begins_as_euler_and_is_exact_for_a_velocity_that_does_not_change() -> None:
     x = torch.randn(2, 1, 3, 3)
     one = Schedule.of(1, 3.0, "ode", 0.0)

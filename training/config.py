@@ -339,7 +339,10 @@ class NFTConfig(_Rewarded):
     """DiffusionNFT on one reward, or on several at once (see :mod:`training.nft`)."""
 
     stage: Literal["nft"]
-    picture_steps: int = Field(10, gt=1, description="Steps of the pictures, by the two-step solver.")
+    picture_steps: int = Field(10, gt=1, description="Steps of the pictures.")
+    solver: Literal["euler", "two-step"] = Field(
+        "two-step", description="Of the pictures (see training.rollout.solve)."
+    )
     guidance: float = Field(1.0, gt=0, description="For drawing and training; 1 is without guidance, as in the paper.")
     updates: int = Field(2, gt=0, description="Optimiser steps on each batch, each with noise drawn anew.")
     beta: float = Field(1.0, gt=0, description="How strongly the old policy pulls back.")

@@ -90,7 +90,7 @@ class NFT:
         def velocity(i: int, x: Tensor) -> Tensor:
             return self.policies.student(x, self.schedule.sigmas[i], conditions, self.config.guidance)
 
-        clean = solve(self.schedule, velocity, start)
+        clean = solve(self.schedule, velocity, start, order=1 if self.config.solver == "euler" else 2)
         return Drawn(samples, conditions, clean, self.rewards.submit(self.policies.decode(clean), samples))
 
     @torch.no_grad()

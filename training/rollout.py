@@ -119,16 +119,16 @@ def rollout(
         x = x_next
 
 
-def solve(schedule: Schedule, velocity: Callable[[int, Tensor], Tensor], x: Tensor) -> Tensor:
-    """Follow the probability-flow ODE from noise ``x`` (B, C, H, W) to its end, by two-step Adams-Bashforth.
+def solve(schedule: Schedule, velocity: Callable[[int, Tensor], Tensor], x: Tensor, order: int = 2) -> Tensor:
+    """Follow the probability-flow ODE from noise ``x`` (B, C, H, W) to its end, by Adams-Bashforth of one or two steps.
 
-    One velocity a step, as Euler, and an error of second order in the steps: as many steps give a picture as Euler's
-    with about twice as many. The arguments are :func:`rollout`'s.
+    One velocity a step. ``order`` 1 is Euler; 2 has an error of second order in the steps: as many of them give a
+    picture as Euler's with about twice as many. The other arguments are :func:`rollout`'s.
     """
     before: Tensor | None = None
     for i in range(schedule.steps):
         v = velocity(i, x)
-        slope = v if before is None else v + _lean(schedule.sigmas, i) * (v - before)
+        slope = v if before is None or order == 1 else v + _lean(schedule.sigmas, i) * (v - before)
         x = flow.ode_step(x, slope, schedule.sigmas[i], schedule.sigmas[i + 1])
         before = v
     return x
