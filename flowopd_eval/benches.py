@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,15 +22,16 @@ class Judge:
 
     ``url`` and ``model`` are an OpenAI-compatible server and a model on it (None: the bench's official one);
     ``metrics`` the preference metrics, the first of them the score (none: all); ``ocr_engine`` and ``ocr_workers`` who
-    reads, in how many processes. ``own`` (a scorer by :func:`flowopd_eval.scorers.own.own_scorer`) and ``command`` (a
-    program) judge in the bench's scorer's place, by the bench's flag. All of it comes from the user's command line.
+    reads, in how many processes (None: half the processors, four at most). ``own`` (a scorer by
+    :func:`flowopd_eval.scorers.own.own_scorer`) and ``command`` (a program) judge in the bench's scorer's place, by the
+    bench's flag. All of it comes from the user's command line.
     """
 
     url: str | None = None
     model: str | None = None
     metrics: tuple[str, ...] = ()
     ocr_engine: str = "rapidocr"
-    ocr_workers: int = 1
+    ocr_workers: int | None = None
     own: Mapping[str, str] = field(default_factory=dict)
     command: Mapping[str, str] = field(default_factory=dict)
 
@@ -128,7 +130,9 @@ def _has_clauses(prompt: Prompt) -> None:
 
 
 def _ocr_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
-    return _reader(judge.ocr_engine, judge.ocr_workers)
+    # The other half draws, or feeds what draws; one worker is this process itself.
+    usual = max(1, min(4, (os.cpu_count() or 1) // 2))
+    return _reader(judge.ocr_engine, judge.ocr_workers or usual)
 
 
 @cache

@@ -75,7 +75,9 @@ MetricOption = Annotated[
     ),
 ]
 OcrEngineOption = Annotated[str, typer.Option(help="For ocr: rapidocr or paddle3.")]
-OcrWorkersOption = Annotated[int, typer.Option(min=1, help="For ocr: processes that read.")]
+OcrWorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="For ocr: processes that read (default: half the processors, at most 4).")
+]
 JudgeModelOption = Annotated[str | None, typer.Option(help="Model on that server (default: the bench's official one).")]
 ShardOption = Annotated[str | None, typer.Option(help="Do part i of n (0/3, 1/3, 2/3) of each run.")]
 AcrossOption = Annotated[
@@ -114,7 +116,7 @@ def main(
     judge_model: JudgeModelOption = None,
     metric: MetricOption = None,
     ocr_engine: OcrEngineOption = "rapidocr",
-    ocr_workers: OcrWorkersOption = 1,
+    ocr_workers: OcrWorkersOption = None,
     scorer: ScorerOption = None,
     scorer_command: ScorerCommandOption = None,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
@@ -179,7 +181,7 @@ def score(
     judge_model: JudgeModelOption = None,
     metric: MetricOption = None,
     ocr_engine: OcrEngineOption = "rapidocr",
-    ocr_workers: OcrWorkersOption = 1,
+    ocr_workers: OcrWorkersOption = None,
     scorer: ScorerOption = None,
     scorer_command: ScorerCommandOption = None,
     again: Annotated[bool, typer.Option("--again", help="Judge pictures that have a score, too.")] = False,

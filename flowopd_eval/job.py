@@ -172,7 +172,7 @@ def judge_of(
     model: str | None,
     metrics: Sequence[str] | None,
     ocr_engine: str,
-    ocr_workers: int,
+    ocr_workers: int | None,
     own: Sequence[str] | None,
     commands: Sequence[str] | None,
 ) -> Judge:
