@@ -45,6 +45,12 @@ class Settings:
 
 
 def draw(settings: Settings, *, score: bool) -> None:
+    """Draw every bench with every model, judge where ``score``, and show what came of it.
+
+    Raises:
+        RequestError: what is asked for cannot be done so; nothing has been drawn.
+        WorkError: as :func:`flowopd_eval.harness.run_bench`.
+    """
     from flowopd_eval import harness, store
     from flowopd_eval.benches import PAPER, find_bench, flags_for
     from flowopd_eval.models import resolve
