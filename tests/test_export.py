@@ -215,12 +215,12 @@ def test_a_model_index_is_read_back_by_the_hubs_own_reader(hostile):
         (whole("flow-opd:base", key="shapes_geneval"), "never comparable"),
         (whole("some/folder", key="shapes_geneval"), "never comparable"),
         (whole("tiny:base"), "never comparable"),
-        ({**whole("flow-opd:base"), "key": "own"}, "Unknown metric 'own'"),
+        ({**whole("flow-opd:base"), "key": "homemade"}, "Unknown metric 'homemade'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_a_card_may_not_show_is_refused_and_nothing_is_written(tmp_path, name, summary, why):
-    datasets = {**DATASETS, "own": ("a/b", "c")}
+    datasets = {**DATASETS, "homemade": ("a/b", "c")}
     with pytest.raises(RequestError, match=why):
         write_exports(tmp_path, of(summary, hub_datasets=datasets), ["md", name])
     assert not any(tmp_path.iterdir())
