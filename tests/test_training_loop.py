@@ -277,12 +277,12 @@ def judged_tasks(tiny, tmp_path):
     return [task | {"rewards": {tiny.reward("Bright"): 1.0}} for task in tiny.values("sft", tmp_path)["tasks"]]
 
 
-def stage_of(config):
+def stage_of(config, make=SFT):
     policies = Policies(config, CPU)
     prompts = {task.name: task_prompts(task).training for task in config.tasks}
     policies.prepare_text([p.prompt for found in prompts.values() for p in found])
     mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
-    return SFT(config, policies, mixture, Parallel(Accelerator()))
+    return make(config, policies, mixture, Parallel(Accelerator()))
 
 
 def test_of_so_many_candidates_the_one_with_the_highest_reward_is_kept(tiny, tmp_path):
@@ -469,6 +469,30 @@ def test_nft_contrasts_the_groups_that_differ_and_counts_what_is_not_judged(tiny
     assert line["unscored"] == line["groups_without_variance"] == 0.5
     assert line["grad_norm"] > 0
     assert line["moved"] > 0  # of the second update: the first starts where the pictures were drawn
+
+
+def test_rows_of_different_noise_levels_are_guided_each_at_its_own(tiny, tmp_path):
+    policies = Policies(tiny.recipe("nft", tmp_path, start=tiny.teacher("one")), CPU)
+    policies.prepare_text(["a red star", "two circles"])
+    conditions, sigma = policies.conditions(["a red star", "two circles"]), torch.tensor([0.9, 0.2])
+    x = torch.randn(2, *policies.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        together = policies.student(x, sigma, conditions, 3.0)
+        for row in range(2):
+            alone = policies.student(x[[row]], sigma[row], conditions[[row]], 3.0)
+            torch.testing.assert_close(together[[row]], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_each_update_of_nft_has_noise_of_its_own(tiny, tmp_path):
+    stage = stage_of(tiny.recipe("nft", tmp_path, updates=3), NFT)
+    asked, noise = [], stage._noise
+    stage._noise = lambda step, update, batch: asked.append(noise(step, update, batch)) or asked[-1]
+    assert len(list(stage.updates(0))) == 3
+    levels = [tuple(states.sigma.tolist()) for states in asked]
+    assert len(set(levels)) == len(levels) >= 3
+    for states in asked:  # x = (1 - sigma) x_0 + sigma eps, and the velocity eps - x_0 that goes with it
+        sigma = states.sigma[:, None, None, None]
+        assert (states.x - sigma * states.target).std() > 0.1  # the clean picture
 
 
 def test_noise_stops_the_run_and_pictures_do_not(tmp_path):

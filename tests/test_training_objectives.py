@@ -255,11 +255,12 @@ def test_what_a_group_has_in_common_cancels_from_the_contrast() -> None:
     advantage = objectives.group_advantage(torch.tensor([0.0, 0.2, 0.4, 0.9, 0.1, 0.5]).double(), 6, "none")
     r = objectives.optimality(advantage, 2.0)
 
-    def gradient(target: Tensor) -> Tensor:
+    def gradient(target: Tensor, beta: float = 1.0) -> Tensor:
         v = linear(theta, x)
-        return torch.autograd.grad(objectives.contrast(v, v.detach(), target, r, 1.0).sum(), theta)[0]
+        return torch.autograd.grad(objectives.contrast(v, v.detach(), target, r, beta).sum(), theta)[0]
 
     torch.testing.assert_close(gradient(target), gradient(target + common))
+    torch.testing.assert_close(gradient(target), gradient(target, 0.25))  # beta decides how far, not where to
     better = torch.autograd.grad((linear(theta, x) - target).square().mean((1, 2, 3)) @ (2 * r - 1), theta)[0]
     torch.testing.assert_close(gradient(target), better)  # the weighted flow-matching loss, good ones above zero
 

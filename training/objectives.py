@@ -106,8 +106,8 @@ def contrast(v: Tensor, v_old: Tensor, target: Tensor, optimality: Tensor, beta:
 
     ``v+ = v_old + beta (v - v_old)`` and ``v- = v_old - beta (v - v_old)``: what moves v towards a good picture's own
     velocity ``v* = eps - x_0`` moves it away from a bad one's. At ``v = v_old`` the gradient is that of
-    ``2 (2 r - 1) |v - v*|^2``, so what all pictures of a group have in common cancels; away from there the loss pulls
-    back to the old policy with ``2 beta |v - v_old|^2``'s strength, shared by both sides.
+    ``(2 r - 1) |v - v*|^2``, so what all pictures of a group have in common cancels; away from there
+    ``beta |v - v_old|^2`` pulls back to the old policy.
 
     Args:
         v: the student's velocity, (B, C, H, W).
