@@ -29,7 +29,7 @@ from flowopd_eval.compbench import (
 from flowopd_eval.compbench_layout import file_name, write_layout
 from flowopd_eval.errors import RequestError
 from flowopd_eval.fetched import Source
-from flowopd_eval.harness import BenchRun, identity_of, run_bench
+from flowopd_eval.harness import BenchRun, identity_of, run_bench, summarise
 from flowopd_eval.records import Prompt, Sample, Score
 from flowopd_eval.scorers.clip_model import ClipModel
 from flowopd_eval.store import BenchFolder
@@ -211,6 +211,14 @@ def test_pictures_of_one_prompt_are_one_cluster():
     )
     assert ten["overall"]["value"] == pytest.approx(one["overall"]["value"])
     assert ten["overall"]["high"] == pytest.approx(one["overall"]["high"])
+
+
+def test_what_other_tools_judge_is_no_failure_of_this_one():
+    drawn = [sample(0, "color", None), sample(1, "non_spatial", 0.3), sample(2, "non_spatial", None)]
+    request = dict.fromkeys(("bench", "key", "version", "model", "partial", "correct_at", "scorer"))
+    summary = summarise({**request, "prompts": 3, "samples": 1}, drawn, (), compbench_metrics)
+    assert (summary["n"], summary["unscored"], summary["expected"]) == (1, 1, 3)
+    assert summary["partial"] is None
 
 
 def test_without_a_score_there_is_no_number():
