@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.errors import RequestError, Unavailable, WorkError
 from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of
 from flowopd_eval.terminal import conclude, progress_bar, status
 
@@ -212,14 +212,22 @@ def score(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
         )
         folders = [rescore.import_geneval(folder, out, run, model=model)]
+    lacking: dict[str, str | None] = {}
     for entry in folders:
         request = entry.request()
         kind = bench_by_key(request["key"])
         recorded = (request["scorer"] or {}).get("protocol")
         own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
-        with progress_bar() as progress:
+        try:
             chosen = scorer_of(kind, protocol_of(kind, own), judge)
-            rescore.rescore(entry, chosen, again=again, metrics=metrics_of(kind), progress=progress)
+            with progress_bar() as progress:
+                rescore.rescore(entry, chosen, again=again, metrics=metrics_of(kind), progress=progress)
+            lacking[kind.key] = None
+        except Unavailable as error:
+            lacking[kind.key] = str(error)
+    if all(lacking.values()):
+        raise Unavailable("\n".join(filter(None, lacking.values())))
+    store.note_unavailable(out, lacking)
     conclude(out)
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import collect, mean_over
+from flowopd_eval.quiet import printable
 from flowopd_eval.records import Interval, Prompt, Sample
 from flowopd_eval.statistics import mean_interval, paired_difference, paired_sd, prompts_needed, task_mean_interval
 from flowopd_eval.store import BenchFolder
@@ -208,7 +209,7 @@ def find_sides(paths: Sequence[Path]) -> list[Side]:
         raise RequestError(f"Expected two models or more, but got {only}. Give two runs, or one that holds several.")
     labels = [side.label for side in sides]
     return [
-        side if labels.count(side.label) == 1 else replace(side, label=f"{side.label} ({_shown(str(side.path))})")
+        side if labels.count(side.label) == 1 else replace(side, label=f"{side.label} ({printable(str(side.path))})")
         for side in sides
     ]
 
@@ -229,7 +230,7 @@ def _models_of(path: Path) -> list[Side]:
         if other := by_model[model].get(key):
             raise RequestError(f"{other.path} and {folder.path} both hold {key}: compare takes one of each metric.")
         by_model[model][key] = folder
-        labels.setdefault(model, _shown(request["model"]))
+        labels.setdefault(model, printable(request["model"]))
     if not by_model:
         has = ", ".join(dict.fromkeys(folder.entry.partition("/")[0] for folder in folders)) or "none"
         raise RequestError(f"The run in {out} holds no model {chosen!r}; it holds: {has}.")
@@ -295,7 +296,7 @@ def _check_contract(a: Entry, b: Entry, across: str | None) -> list[str]:
     """Warnings about what differs and may. Raises ``RequestError`` naming every field that may not, and the remedy."""
     differing = dict(_differing(_contract(a), _contract(b)))
     named = {
-        field: f"{_shown(field)}: {json.dumps(x)} in {a.label}, {json.dumps(y)} in {b.label}"
+        field: f"{printable(field)}: {json.dumps(x)} in {a.label}, {json.dumps(y)} in {b.label}"
         for field, (x, y) in differing.items()
     }
     unknown = [entry.label for entry in (a, b) if entry.sampling is None]
@@ -341,7 +342,7 @@ def _check_whole(entry: Entry, *, pilot: bool) -> None:
         raise RequestError(f"{folder.path} has no scores yet: flowopd-eval score {folder.out}.")
     if request["partial"] and not pilot:
         raise RequestError(
-            f"{folder.path} is partial ({_shown(request['partial'])}): a part of a bench says nothing of the whole. "
+            f"{folder.path} is partial ({printable(request['partial'])}): a part of a bench says nothing of the whole. "
             "Draw it without --limit and --tasks."
         )
 
@@ -637,7 +638,7 @@ def _requirement(paired: _Paired, delta: float, power: float) -> Requirement:
         )
     warnings = [*paired.warnings, *_few(prompts, "Their spread is a rough guide.")]
     if partial := paired.a.request["partial"]:
-        warnings.append(f"A pilot ({_shown(partial)}): further prompts are taken to be like these, task by task.")
+        warnings.append(f"A pilot ({printable(partial)}): further prompts are taken to be like these, task by task.")
     return Requirement(key, points, delta, sd, prompts, needed, sentence, tuple(warnings))
 
 
@@ -669,7 +670,7 @@ def _table(comparison: Comparison) -> Table:
     for column in ("A", "B", "B - A", "95 % interval", "prompts"):
         table.add_column(column, justify="right")
     for row in (comparison.overall, *comparison.tasks):
-        name = "overall" if row is comparison.overall else f"  {_shown(row.name)}"
+        name = "overall" if row is comparison.overall else f"  {printable(row.name)}"
         low, high = (number(end, points) for end in (row.difference.low, row.difference.high))
         cells = [number(row.a.value, points), number(row.b.value, points), signed(row.difference.value, points)]
         style = "bold" if row is comparison.overall else ""
@@ -716,13 +717,8 @@ def signed(value: float, points: bool) -> str:
     return ("+" if value > _ROUNDING else "") + number(value, points)
 
 
-def _shown(text: str) -> str:
-    """Without the control characters by which a name could steer the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def _line(text: str, style: str = "") -> Text:
     """One line as it is: no markup, and never broken, so that paths can be copied."""
     from rich.text import Text
 
-    return Text(_shown(text), style=style, no_wrap=True, overflow="ignore")
+    return Text(printable(text), style=style, no_wrap=True, overflow="ignore")

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
@@ -21,11 +21,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flowopd_eval import store
 from flowopd_eval.benches import BENCHES, Bench, bench_by_key, find_bench
+from flowopd_eval.compbench import CLIP as COMPBENCH_CLIP
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.fetched import cache_folder
+from flowopd_eval.fetched import Source, cache_folder
 from flowopd_eval.models import FAMILIES, Backbone, resolve
 from flowopd_eval.records import Prompt, Score
+from flowopd_eval.scorers.clip_model import ClipModel, Need
 from flowopd_eval.scorers.mask2former import CHECKPOINT
+from flowopd_eval.scorers.preference import WEIGHTS, preference_metrics
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -34,6 +37,7 @@ State = Literal["ok", "absent", "wrong"]
 OPTIONAL = {
     "rapidocr": "OCR benches: pip install 'flowopd-eval[ocr]'",
     "onnxruntime": "OCR benches: pip install 'flowopd-eval[ocr]'",
+    "paddleocr": "OCR benches by --ocr-engine paddle3: pip install 'flowopd-eval[paddle]'",
     "accelerate": "training and offloading: pip install accelerate",
     "matplotlib": "plots of the benchmarks: pip install 'flowopd-eval[bench]'",
 }
@@ -123,6 +127,7 @@ def _import_error(package: str) -> str | None:
 
 
 SELF_TESTED = ("shapes_geneval", "sign_ocr", "shapes_quality")
+_SAME_JUDGE = {"ocr": "sign_ocr"}  # metric -> the one whose stored scores it has to give, too
 
 
 def self_test_pictures() -> list[tuple[Prompt, Any]]:
@@ -157,17 +162,18 @@ def _judges() -> Iterator[Finding]:
     stored = json.loads(resources.files("flowopd_eval.tiny").joinpath(SELF_TEST).read_text())
     for bench in BENCHES:
         name = f"{bench.flag} ({bench.key})"
-        if bench.key not in stored:
-            yield _unproven(bench, name)
+        known_scores = stored.get(_SAME_JUDGE.get(bench.key, bench.key))
+        if known_scores is None:
+            yield Finding("judges", name, *_unproven(bench))
             continue
         try:
             values = [score.value for score in judged(bench)]
         except RequestError as error:
             yield Finding("judges", name, "absent", str(error))
             continue
-        pairs = list(zip(values, stored[bench.key], strict=False))
+        pairs = list(zip(values, known_scores, strict=False))
         off = sum(value is None or abs(value - known) > TOLERANCE for value, known in pairs)
-        if off or len(values) != len(stored[bench.key]):
+        if off or len(values) != len(known_scores):
             text = f"{off} of {len(pairs)} pictures with a known score are judged otherwise: its numbers do not compare"
             yield Finding("judges", name, "wrong", text)
         else:
@@ -176,14 +182,37 @@ def _judges() -> Iterator[Finding]:
             )
 
 
-def _unproven(bench: Bench, name: str) -> Finding:
-    """A judge whose weights are not part of this package."""
-    weights = cache_folder() / CHECKPOINT.replace(".pth", ".safetensors")
+def _unproven(bench: Bench) -> tuple[State, str]:
+    """State of a judge of which no scores are stored, and what it lacks; nothing is fetched."""
     if bench.key == "geneval":
+        weights = cache_folder() / CHECKPOINT.replace(".pth", ".safetensors")
         there = f"converted weights in {weights}" if weights.is_file() else "weights are fetched at the first use"
         text = f"{there}; no scores are known yet to hold it against (`doctor --real --save FILE`)"
-        return Finding("judges", name, "ok" if weights.is_file() else "absent", text)
-    return Finding("judges", name, "absent", "needs a server with a vision-language model (--judge-url)")
+        return "ok" if weights.is_file() else "absent", text
+    if bench.flag == "preference":
+        lacking = {m.name: _not_cached(m.needs) for m in preference_metrics(WEIGHTS).values()}
+        parts = [f"{name}: {' && '.join(commands) or 'weights are cached'}" for name, commands in lacking.items()]
+        return "absent" if any(lacking.values()) else "ok", "; ".join(parts)
+    if bench.flag == "compbench":
+        commands = _not_cached(ClipModel(COMPBENCH_CLIP).needs)
+        return "absent" if commands else "ok", " && ".join(commands) or "weights are cached"
+    try:
+        bench.scorer(bench.protocols[0])
+    except RequestError as error:  # it needs something that a user names
+        return "absent", str(error)
+    raise AssertionError(f"{bench.key} has a judge, but no stored scores")
+
+
+def _not_cached(needs: Iterable[Need]) -> list[str]:
+    """The commands that provide what has never been fetched."""
+    return [need.command for need in needs if not _is_cached(need.source)]
+
+
+def _is_cached(source: str | Source) -> bool:
+    if isinstance(source, Source):
+        return (cache_folder() / source.name).is_file()
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    return repo in (there := _cached_repos()) and revision in {one.commit_hash for one in there[repo].revisions}
 
 
 # --------------------------------------------------------------------------------------------- Hub and what is cached
@@ -196,13 +225,18 @@ def _repositories() -> list[str]:
     return list(dict.fromkeys(source.removeprefix("hub:").partition("@")[0] for source in single))
 
 
-def _cached() -> Iterator[Finding]:
+def _cached_repos() -> dict[str, Any]:
+    """Name -> what the Hub's cache on this machine has of it."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    repos: dict[str, Any] = {}
     with suppress(CacheNotFound):
-        repos = {repo.repo_id: repo for repo in scan_cache_dir().repos}
+        return {repo.repo_id: repo for repo in scan_cache_dir().repos}
+    return {}
+
+
+def _cached() -> Iterator[Finding]:
+    repos = _cached_repos()
     for name in _repositories():
         repo = repos.get(name)
         if repo is None:

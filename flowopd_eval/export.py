@@ -20,6 +20,7 @@ from flowopd_eval import store
 from flowopd_eval.benches import Bench, bench_by_key
 from flowopd_eval.errors import RequestError
 from flowopd_eval.models import FAMILIES
+from flowopd_eval.quiet import printable
 
 Summary = Mapping[str, Any]  # one summary.json
 Texts = Iterator[tuple[str, str]]  # file below OUT/export, its text
@@ -105,7 +106,7 @@ def _table(rows: Sequence[Summary], escape: Callable[[Any], str], cell: str, mar
 
 
 def _printable(text: Any) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in re.sub(r"\s+", " ", str(text)))
+    return printable(re.sub(r"\s+", " ", str(text)))
 
 
 def escape_markdown(text: Any) -> str:

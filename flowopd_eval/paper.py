@@ -15,6 +15,7 @@ from math import hypot
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError
+from flowopd_eval.quiet import printable
 from flowopd_eval.records import SD35_RECORD
 from flowopd_eval.scorers.geneval import FLOW_GRPO
 
@@ -464,4 +465,4 @@ def _plain(text: str) -> Text:
     """Plain text without markup, and without the control characters by which a name could steer the terminal."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return Text(printable(text))

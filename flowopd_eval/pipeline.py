@@ -102,8 +102,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether any picture of the call at hand is guided: their scales may differ."""
-        scale = self._guidance_scale
-        return bool((scale > 1).any()) if isinstance(scale, torch.Tensor) else scale > 1
+        return isinstance(self._guidance_scale, torch.Tensor) or self._guidance_scale > 1
 
     def add_experts(
         self, experts: Mapping[str, str | Path | Adapter], guidance: Mapping[str, float] | None = None

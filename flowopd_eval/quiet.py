@@ -1,4 +1,6 @@
-"""Keeps other libraries' chatter off the user's terminal; their errors still come through."""
+"""Keeps off the user's terminal what should not be there: other libraries' chatter (not their errors), and the control
+characters by which a foreign text could steer it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,11 @@ _CHATTY = (
     "paddlex",
     "paddleocr",
 )
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with a replacement character for whatever is not printable and not in ``keep``."""
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager

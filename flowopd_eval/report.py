@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from flowopd_eval import store
 from flowopd_eval.harness import Metrics, collect, finish, standard_metrics, summarise
+from flowopd_eval.quiet import printable
 from flowopd_eval.records import Sample
 from flowopd_eval.store import BenchFolder
 
@@ -144,7 +145,7 @@ def _text(text: str) -> Text:
     """Plain text without markup, and without the control characters by which a name could steer the terminal."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+    return Text(printable(text, keep="\n"))
 
 
 def _plus_minus(interval: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:

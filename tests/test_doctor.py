@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from flowopd_eval import doctor
-from flowopd_eval.benches import bench_by_key
+from flowopd_eval.benches import BENCHES, bench_by_key
 from flowopd_eval.errors import WorkError
+from flowopd_eval.scorers.preference import AESTHETIC, WEIGHTS, preference_metrics
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,6 +31,29 @@ def test_judges_give_the_stored_scores(offline):
     stored = doctor.self_test_values()
     assert len(stored["shapes_geneval"]) + len(stored["sign_ocr"]) == len(stored["shapes_quality"]) == 24
     assert min(stored["shapes_geneval"]) == 1.0  # clean scenes
+
+
+def test_each_judge_says_what_it_lacks(offline, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("FLOWOPD_CACHE", str(tmp_path))
+    found = {finding.name: finding for finding in doctor.examine() if finding.part == "judges"}
+    assert len(found) == len(BENCHES)
+    assert found["ocr (ocr)"].state == "ok"  # the miniature's signs are read by the same engine
+    said = {
+        "preference (preference)": "hf download yuvalkirstain/PickScore_v1",
+        "preference (shapes_preference)": "aesthetic_v2: hf download openai/clip-vit-large-patch14",
+        "compbench (compbench)": "hf download openai/clip-vit-base-patch32",
+        "deqa (deqa)": "--scorer-command",
+        "own (own)": "--scorer FILE.py:CLASS",
+        "geneval2 (geneval2)": "--judge-url",
+        "unifiedreward (unified_reward)": "--judge-url",
+        "qwenvl (qwenvl)": "--judge-url",
+    }
+    for name, words in said.items():
+        assert (found[name].state, words in found[name].text) == ("absent", True), found[name]
+    (tmp_path / AESTHETIC.name).touch()
+    head = preference_metrics(WEIGHTS)["aesthetic_v2"].head
+    assert doctor._not_cached([head]) == []
 
 
 def test_a_judge_that_has_changed_is_told(offline, monkeypatch, command):

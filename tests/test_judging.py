@@ -71,6 +71,20 @@ def test_what_has_become_available_is_no_longer_said_to_lack(command, tmp_path, 
     assert "unavailable" not in shown
 
 
+def test_pictures_without_a_judge_stay_unscored_and_the_others_are_scored(command, tmp_path, nothing_to_fetch, bright):
+    out = tmp_path / "run"
+    command("generate", "--bench", "quality", "--bench", "preference", *DRAWN, "--out", out)
+    assert command("score", out)[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    models = summary["models"]["tiny:base"]
+    assert (models["quality"]["unscored"], models["preference"]["n"]) == (0, 0)
+    assert list(summary["unavailable"]) == ["shapes_preference"]
+    assert command("score", out, "--scorer", f"preference={bright}")[0] == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["models"]["tiny:base"]["preference"]["unscored"] == 0
+    assert summary["unavailable"] == {}
+
+
 def test_without_any_judge_nothing_is_drawn(command, tmp_path, nothing_to_fetch):
     code, _, errors = command("--bench", "preference", *DRAWN, "--out", tmp_path / "run")
     assert code == 2

@@ -283,10 +283,10 @@ def test_answers_keep_the_order_and_come_from_as_many_processes_as_asked_for(red
     assert texts(scores_of(scorer, 2, 4))[0].split()[0] == "2"  # closed is not broken
 
 
-def test_processes_start_when_there_is_something_to_share_and_end_with_the_scorer(red):
+def test_processes_start_when_there_is_something_to_share_and_end_with_the_scorer(red, tmp_path):
     from red_engine import Red  # put there by the fixture's first use
 
-    scorer = OCRScorer(Red(".", "names itself"), 3)
+    scorer = OCRScorer(Red(tmp_path, "names itself"), 3)
     (alone,) = texts(scores_of(scorer, 2))
     assert alone == f"2 {os.getpid()}"
     assert not multiprocessing.active_children()

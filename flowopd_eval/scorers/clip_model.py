@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
+from flowopd_eval.fetched import Source
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,10 @@ def fit_pixels(image: Image.Image) -> NDArray[np.float32]:
 # --- weights ---------------------------------------------------------------------------------------------------------
 class Need(Protocol):
     """Something that must be here before a metric can be had."""
+
+    @property
+    def source(self) -> str | Source:
+        """Where it comes from: ``hub:REPO@REVISION``, a folder, or a file's address."""
 
     @property
     def command(self) -> str:
