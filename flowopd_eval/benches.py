@@ -138,7 +138,8 @@ def _ocr_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
 @cache
 def _reader(engine: str, workers: int) -> Scorer:
     """One set of worker processes, whatever the number of models and benches."""
-    from flowopd_eval.scorers.ocr import ENGINES, OCRScorer
+    from flowopd_eval.scorers.ocr import OCRScorer
+    from flowopd_eval.scorers.ocr_engines import ENGINES
 
     if engine not in ENGINES:
         raise RequestError(f"Unknown OCR engine {engine!r}; known: {', '.join(ENGINES)}.")

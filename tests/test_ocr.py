@@ -24,18 +24,8 @@ from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.fetched import Source
 from flowopd_eval.prompts import ocr_prompts
 from flowopd_eval.records import Prompt
-from flowopd_eval.scorers.ocr import (
-    ENGINES,
-    OCRScorer,
-    PaddleOCR3Engine,
-    RapidOCREngine,
-    error_rate,
-    levenshtein,
-    lines_of,
-    model_of,
-    ocr_reward,
-    target_text,
-)
+from flowopd_eval.scorers.ocr import OCRScorer, error_rate, levenshtein, ocr_reward, target_text
+from flowopd_eval.scorers.ocr_engines import ENGINES, PaddleOCR3Engine, RapidOCREngine, lines_of, model_of
 from flowopd_eval.tiny.scenes import draw_scene, sample_scene
 
 SHORT = st.text("ab C!", max_size=7)

@@ -20,7 +20,8 @@ from flowopd_eval.records import SD35_RECORD, Prompt, Score
 from flowopd_eval.report import summarise_run
 from flowopd_eval.scorers.geneval import FLOW_GRPO, PROTOCOLS, GenEvalScorer
 from flowopd_eval.scorers.mask2former import CHECKPOINT
-from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
+from flowopd_eval.scorers.ocr import OCRScorer
+from flowopd_eval.scorers.ocr_engines import RapidOCREngine
 
 JUDGES = {
     "geneval": {"metric": "geneval", "protocol": asdict(FLOW_GRPO), "detector": {"name": CHECKPOINT}},

@@ -24,6 +24,7 @@ from training.data import Mixture, Sample, Text
 from training.loop import Means, Parallel
 from training.policies import Policies, adapter_of
 from training.rewards import Rewards
+from training.rollout import forward_noise
 
 
 class SFT:
@@ -88,14 +89,10 @@ class SFT:
 
     def _noise(self, step: int, samples: list[Sample], clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noise (B, C, H, W), noise levels (B,), whether the prompt is shown (B,): each sample's from its own seed."""
-        rows = []
-        for sample in samples:
-            source = torch.Generator().manual_seed(int(_digest(f"sft|{sample.seed}|{step}"), 16) % 2**63)
-            level = torch.randn((), generator=source) * self.config.sigma_std + self.config.sigma_mean
-            keep = torch.rand((), generator=source) >= self.config.text_dropout
-            rows.append((torch.randn(clean.shape[1:], generator=source), level.sigmoid(), keep))
-        noise, sigma, keep = (torch.stack(column).to(clean.device) for column in zip(*rows, strict=True))
-        return noise, sigma, keep
+        names = [f"sft|{sample.seed}|{step}" for sample in samples]
+        noise, sigma, sources = forward_noise(clean, names, self.config.sigma_mean, self.config.sigma_std)
+        shown = torch.stack([torch.rand((), generator=source) for source in sources]) >= self.config.text_dropout
+        return noise, sigma, shown.to(clean.device)
 
     def _wanted(self, rewards: Tensor) -> Tensor:
         """1.0 for pictures (B,) to train on, 0.0 for those whose reward is too low or unknown."""
@@ -119,7 +116,7 @@ class SFT:
         for s in samples:
             e = self.policies.experts[str(s.task.teacher)]
             how += [s.prompt.prompt, s.seed, e.sha256, e.guidance, e.text_length]
-        key = _digest("|".join(map(str, how)))
+        key = hashlib.sha256("|".join(map(str, how)).encode()).hexdigest()[:16]
         if path.is_file() and (kept := load_file(path)).keys() == {key, f"{key}.reward"}:
             return kept[key], kept[f"{key}.reward"]
         drawn = [self._draw(samples[n : n + size]) for n in range(0, len(samples), size)]  # judged in the background
@@ -149,10 +146,6 @@ class SFT:
             return x.cpu(), lambda: [math.nan] * len(samples)
         judged = self.rewards.submit(policies.decode(x), samples)
         return x.cpu(), lambda: [values["total"] for values in judged.result()]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def merge(config: MergeConfig, out: Path) -> Path:

@@ -8,7 +8,6 @@ guidance 1, for drawing, training and use.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from training.grpo import judged_advantages
 from training.loop import Means, Parallel
 from training.policies import Conditions, Policies
 from training.rewards import Rewards
-from training.rollout import Schedule, solve
+from training.rollout import Schedule, forward_noise, solve
 
 
 @dataclass
@@ -96,13 +95,8 @@ class NFT:
     @torch.no_grad()
     def _noise(self, step: int, update: int, batch: Drawn) -> Noised:
         """Noise the pictures, each from a seed of its own."""
-        noise, sigma = torch.empty_like(batch.clean), torch.empty(len(batch.clean), device=batch.clean.device)
-        for row, sample in enumerate(batch.samples):
-            text = f"nft|{sample.seed}|{step}|{update}"
-            source = torch.Generator().manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:15], 16))
-            level = torch.randn((), generator=source) * self.config.sigma_std + self.config.sigma_mean
-            sigma[row] = level.sigmoid()
-            noise[row] = torch.randn(batch.clean.shape[1:], generator=source)
+        names = [f"nft|{sample.seed}|{step}|{update}" for sample in batch.samples]
+        noise, sigma, _ = forward_noise(batch.clean, names, self.config.sigma_mean, self.config.sigma_std)
         share = sigma[:, None, None, None]
         x = (1 - share) * batch.clean + share * noise
         old = self.policies.student(x, sigma, batch.conditions, self.config.guidance)

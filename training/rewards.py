@@ -25,7 +25,8 @@ def _partial_credit() -> Scorer:
 
 
 def _ocr() -> Scorer:
-    from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine
+    from flowopd_eval.scorers.ocr import OCRScorer
+    from flowopd_eval.scorers.ocr_engines import RapidOCREngine
 
     return OCRScorer(RapidOCREngine(OCR_SIDE))
 

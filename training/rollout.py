@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,6 +90,18 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def noise_like(x: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise in the shape of ``x`` (B, C, H, W), row i from ``sources[i]``, on x's device in fp32."""
     return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(x.device)
+
+
+def forward_noise(
+    clean: Tensor, names: Sequence[str], mean: float, std: float
+) -> tuple[Tensor, Tensor, list[torch.Generator]]:
+    """Noise (B, C, H, W) and logit-normal noise levels (B,) for latents ``clean``, each row from its own name's source.
+
+    Returns the sources, too, for whatever else a row needs to draw.
+    """
+    sources = generators([int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names])
+    levels = torch.stack([torch.randn((), generator=source) for source in sources]) * std + mean
+    return noise_like(clean, sources), levels.sigmoid().to(clean.device), sources
 
 
 def rollout(

@@ -79,7 +79,8 @@ def _open(bench: str, prompt: str, clauses: str, device: str) -> tuple[Any, Any]
     from flowopd_eval.records import Prompt
 
     if bench == "ocr":
-        from flowopd_eval.scorers.ocr import OCRScorer, RapidOCREngine, target_text
+        from flowopd_eval.scorers.ocr import OCRScorer, target_text
+        from flowopd_eval.scorers.ocr_engines import RapidOCREngine
 
         straight = prompt.replace("“", '"').replace("”", '"')
         target_text(straight)  # before any picture is drawn
