@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -263,6 +264,24 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, changes, tiny,
     for folder, steps in (("whole", 3), ("parts", 2), ("parts", 3)):
         run(tiny, kind, tmp_path / folder, steps=steps, **changes)
     assert_same_bits(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
+)
+def test_the_rate_falls_to_zero_at_the_last_update_of_the_weights(schedule, shares, tiny, tmp_path):
+    optimizer = {"learning_rate": 1e-2, "warmup_steps": 2, "schedule": schedule}  # two updates a step: one step
+    run(tiny, "nft", tmp_path, steps=3, updates=2, optimizer=optimizer)
+    assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([1e-2 * share for share in shares])
+
+
+@pytest.mark.parametrize(("schedule", "longer"), [("constant", True), ("linear", False)])
+def test_a_run_is_made_longer_unless_its_rate_falls_towards_its_end(schedule, longer, tiny, tmp_path):
+    optimizer = {"learning_rate": 1e-2, "schedule": schedule}
+    run(tiny, "nft", tmp_path, steps=1, optimizer=optimizer)
+    with nullcontext() if longer else pytest.raises(RequestError, match="optimizer_steps"):
+        run(tiny, "nft", tmp_path, steps=2, optimizer=optimizer)
+    assert len(log(tmp_path)) == 1 + longer
 
 
 def test_pictures_drawn_with_other_settings_are_not_trained_on(tiny, tmp_path):

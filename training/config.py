@@ -116,6 +116,9 @@ class Optimizer(_Part):
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Of the learning rate after the warm-up; linear and cosine fall to zero at the end."
+    )
     ema: float = Field(0.9, ge=0, lt=1)
     ema_every: int = Field(8, gt=0, description="Steps of the run between two updates of the average.")
 
@@ -187,6 +190,11 @@ class _Trained(_Stage):
     def group(self) -> int:
         """Samples a prompt."""
         return 1
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -326,6 +334,11 @@ class GRPOConfig(_Rewarded):
     updates: int = Field(1, gt=0, description="Optimiser steps for each batch of rollouts.")
     shared_noise: bool = Field(False, description="One starting noise for all samples of a prompt.")
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps * self.updates
+
     @model_validator(mode="after")
     def _dense(self) -> Self:
         if self.rollout.sampler == "ode":
@@ -349,6 +362,11 @@ class NFTConfig(_Rewarded):
     advantage_clip: float = Field(2.0, gt=0, description="Advantage from which a picture counts as altogether good.")
     sigma_mean: float = Field(0.0, description="Mean of the logit-normal noise level.")
     sigma_std: float = Field(1.0, gt=0)
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.steps * self.updates
 
 
 class MergeConfig(_Stage):

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
-from diffusers.optimization import get_constant_schedule_with_warmup
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -158,7 +158,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     parameters = [p for p in policies.bank.parameters() if p.requires_grad]
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
-    scheduler = get_constant_schedule_with_warmup(optimizer, o.warmup_steps)
+    scheduler = learning_rates(config, optimizer)
     ema = EMAModel(parameters, decay=o.ema, min_decay=o.ema)  # the decay from the second update on; the first copies
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
@@ -243,6 +243,14 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     return out / "adapter"
 
 
+def learning_rates(config: Trained, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """The recipe's warm-up and schedule."""
+    o = config.optimizer
+    name = "constant_with_warmup" if o.schedule == "constant" else o.schedule
+    steps = config.optimizer_steps
+    return get_scheduler(name, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=steps)
+
+
 def interruptible(updates: Iterator[Means], save: Callable[[], None], step: int, steps: int) -> Iterator[Means]:
     """The updates of a step; one that is stopped before it has changed a weight is left out and will come again."""
     try:
@@ -295,6 +303,8 @@ def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prom
         "prompts": {name: prompts_sha256(p.training) for name, p in prompts.items()},
         "stage": stage.identity(),
     }
+    if config.optimizer.schedule != "constant":  # a rate that falls to zero at the end fixes the end
+        identity["optimizer_steps"] = config.optimizer_steps
     return json.loads(json.dumps(identity))
 
 

@@ -382,7 +382,7 @@ class Price:
     @property
     def optimiser_steps(self) -> int:
         """Updates of the weights."""
-        return self.config.steps * (self.config.updates if isinstance(self.config, GRPOConfig | NFTConfig) else 1)
+        return self.config.optimizer_steps
 
     @property
     def forward_rows(self) -> float:

@@ -25,7 +25,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
-from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -43,6 +42,7 @@ from training.loop import (
     catch_signals,
     check_identity,
     check_processes,
+    learning_rates,
     routes_of,
     run_identity,
     strip_texts,
@@ -203,7 +203,7 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
-        self.scheduler = get_constant_schedule_with_warmup(self.optimizer, o.warmup_steps)
+        self.scheduler = learning_rates(config, self.optimizer)
         self.ema = EMAModel(self.parameters, decay=o.ema, min_decay=o.ema)
 
     def update(self) -> None:
