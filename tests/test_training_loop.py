@@ -490,6 +490,17 @@ def test_nft_contrasts_the_groups_that_differ_and_counts_what_is_not_judged(tiny
     assert line["moved"] > 0  # of the second update: the first starts where the pictures were drawn
 
 
+def test_nft_is_pulled_towards_the_base_as_strongly_as_asked(tiny, tmp_path):
+    def distance(weight):
+        changes = {"start": tiny.teacher("one"), "steps": 9, "base_weight": weight}
+        run(tiny, "nft", tmp_path / str(weight), optimizer={"learning_rate": 1e-3, "ema": 0.0}, **changes)
+        return [line["from_base"] for line in log(tmp_path / str(weight))]
+
+    weak, strong = distance(1e-9), distance(1e3)
+    assert strong[-1] < 0.5 * strong[0]
+    assert weak[-1] > 2 * strong[-1]
+
+
 def test_rows_of_different_noise_levels_are_guided_each_at_its_own(tiny, tmp_path):
     policies = Policies(tiny.recipe("nft", tmp_path, start=tiny.teacher("one")), CPU)
     policies.prepare_text(["a red star", "two circles"])

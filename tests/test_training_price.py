@@ -113,6 +113,7 @@ MEASURED = {
     "direct, checkpointed, small micro batch": ("distill", 2, {"gradient_checkpointing": True}),
     "grpo": ("grpo", 4, {"beta": 0.1}),
     "nft, guided": ("nft", 4, {"guidance": 3.0, "updates": 3}),
+    "nft with a pull to the base": ("nft", 4, {"guidance": 3.0, "base_weight": 0.1}),
     "sft, checkpointed": ("sft", 4, {"gradient_checkpointing": True}),
 }
 PASSING = ("trajectories", "activations", "transient")
@@ -292,6 +293,7 @@ REAL = {
     "grpo with a window": ("grpo", {"beta": 0.1, "rollout": {"steps": 3, "window": 1}, "updates": 2}),
     "nft": ("nft", {"updates": 3}),
     "nft, guided": ("nft", {"guidance": 3.0, "gradient_checkpointing": True}),
+    "nft with a pull to the base": ("nft", {"guidance": 3.0, "base_weight": 0.1}),
     "sft": ("sft", {}),
 }
 

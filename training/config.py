@@ -359,6 +359,7 @@ class NFTConfig(_Rewarded):
     guidance: float = Field(1.0, gt=0, description="For drawing and training; 1 is without guidance, as in the paper.")
     updates: int = Field(2, gt=0, description="Optimiser steps on each batch, each with noise drawn anew.")
     beta: float = Field(1.0, gt=0, description="How strongly the old policy pulls back.")
+    base_weight: float = Field(0.0, ge=0, description="Weight of the squared distance to the base's velocity.")
     advantage_clip: float = Field(2.0, gt=0, description="Advantage from which a picture counts as altogether good.")
     sigma_mean: float = Field(0.0, description="Mean of the logit-normal noise level.")
     sigma_std: float = Field(1.0, gt=0)

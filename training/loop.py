@@ -219,7 +219,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             alarms.moving(step, shown_means)
             stop = bool(shown_means.pop("stopped", 0.0))
             pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
-            log.step(step + 1, shown_means | pace | {"learning_rate": scheduler.get_last_lr()[0]})
+            log.step(step + 1, shown_means | pace | {"learning_rate": float(scheduler.get_last_lr()[0])})
             done = step + 1 == config.steps
             if config.strip_every and accelerator.is_main_process and ((step + 1) % config.strip_every == 0 or done):
                 strip, students = draw_strip(policies, shown, routes_of(config, prompts, shown), config.seed)
@@ -296,7 +296,7 @@ def check_processes(config: Trained, processes: int) -> None:
 
 def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
     """Everything that decides the weights, as plain JSON."""
-    identity = {
+    identity: dict[str, Any] = {
         "recipe": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE},
         "base_sha256": policies.sha256,
         "experts": {name: expert.sha256 for name, expert in policies.experts.items()},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,12 +38,16 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Noised:
-    """A micro batch under one noise: states, noise levels (B,), the pictures' own velocity, the old policy's."""
+    """A micro batch under one noise: states, noise levels (B,), the pictures' own velocity, the old policy's.
+
+    ``base`` is the base's velocity; None where nothing pulls to it.
+    """
 
     x: Tensor
     sigma: Tensor
     target: Tensor
     old: Tensor
+    base: Tensor | None
 
 
 class NFT:
@@ -53,6 +57,7 @@ class NFT:
         self.config, self.policies, self.mixture, self.parallel = config, policies, mixture, parallel
         self.schedule = Schedule.of(config.picture_steps, policies.record.shift, "ode", 0.0, policies.device)
         self.rewards = Rewards(config.tasks)
+        self.base = replace(policies.base, guidance=config.guidance)
 
     def identity(self) -> dict:
         """The rewards."""
@@ -100,7 +105,10 @@ class NFT:
         share = sigma[:, None, None, None]
         x = (1 - share) * batch.clean + share * noise
         old = self.policies.student(x, sigma, batch.conditions, self.config.guidance)
-        return Noised(x, sigma, noise - batch.clean, old)
+        base = None
+        if self.config.base_weight:
+            base = self.policies.frozen([self.base] * len(x), x, sigma, batch.conditions)
+        return Noised(x, sigma, noise - batch.clean, old, base)
 
     def _accumulate(
         self, batch: Drawn, states: Noised, advantage: Tensor, last: bool, samples: int, means: Means
@@ -109,6 +117,10 @@ class NFT:
             v = self.policies.student(states.x, states.sigma, batch.conditions, self.config.guidance)
             optimality = objectives.optimality(advantage, self.config.advantage_clip)
             loss = objectives.contrast(v, states.old, states.target, optimality, self.config.beta)
+            if states.base is not None:
+                from_base = (v - states.base).square().mean((1, 2, 3))
+                means.add("from_base", *from_base.detach())
+                loss = loss + self.config.base_weight * from_base
             means.add("loss", *loss)
             # Rises where the velocities stop being those of the student's own pictures: a run that drifts away.
             means.add("own_error", *(states.old - states.target).square().mean((1, 2, 3)))

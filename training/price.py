@@ -311,11 +311,12 @@ def _grpo_work(config: GRPOConfig, record: SamplingRecord) -> list[Work]:
 
 def _nft_work(config: NFTConfig) -> list[Work]:
     rows = _rows(config.guidance)
-    return [
+    parts = [
         Work("student, drawing", config.picture_steps * rows),
         Work("student, before the updates", config.updates * rows),
         _with_backward("student, trained", config.updates * rows, config),
     ]
+    return [*parts, Work("base", config.updates * rows)] if config.base_weight else parts
 
 
 def _sft_pictures(config: SFTConfig, taught: float) -> Work:
@@ -481,8 +482,8 @@ def _trajectories(config: Trained, policies: Policies) -> int:
         return 0
     latent = 4 * math.prod(policies.latent_shape)
     texts = 2 * _text_bytes(policies, policies.record.text_length)
-    if isinstance(config, NFTConfig):  # the picture, and of every update state, target and the old velocity
-        return config.batch_size * (latent * (1 + 3 * config.updates) + texts)
+    if isinstance(config, NFTConfig):  # the picture, and of every update state, target, the old and the base's velocity
+        return config.batch_size * (latent * (1 + (3 + bool(config.base_weight)) * config.updates) + texts)
     steps = config.rollout.steps
     if isinstance(config, DistillConfig):
         return config.micro_batch * latent * (3 * steps + 1)

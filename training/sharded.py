@@ -331,7 +331,7 @@ def train_full(config: DistillConfig, make: MakeStage, out: Path, *, resume: boo
                 trainee.ema.step(trainee.parameters)
             alarms.moving(step, seen)
             pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
-            log.step(step + 1, seen | pace | {"learning_rate": trainee.scheduler.get_last_lr()[0]})
+            log.step(step + 1, seen | pace | {"learning_rate": float(trainee.scheduler.get_last_lr()[0])})
             done = step + 1 == config.steps
             if config.strip_every and ((step + 1) % config.strip_every == 0 or done):
                 strip, students = draw_strip(policies, shown, routes_of(config, prompts, shown), config.seed)
