@@ -12,13 +12,13 @@ The rule, written before any candidate was trained:
    prompts is taken for every Flow-OPD arm; within one point of the highest, the smaller.
 
 3. *The teachers.* GRPO having learned nothing in its trial (1.), the teachers are trained by DiffusionNFT, without
-   guidance, with the settings of the recipes ``tiny_nft_geneval``, ``tiny_nft_ocr``, ``tiny_nft_quality``. (They had a
-   first form, 50 steps at a constant rate on the two-step solver's pictures; docs/miniature.md has its scores. The one
-   at hand has Euler's pictures, 80 steps and a rate that falls to zero, because trials of ``geneval`` were better so;
-   ``quality`` has rewards for the contents beside, because it had learned to draw in black.) Without guidance, at 20
-   steps, of the snapshots after 20, 40, 60 and 80 steps the one with the highest score of its own bench on the
-   development prompts is the teacher; within one point of the highest, the earliest. (Written when no snapshot of the
-   second form had been judged.)
+   guidance, with the settings of the recipes ``tiny_nft_geneval``, ``tiny_nft_ocr``, ``tiny_nft_quality``. (They had
+   earlier forms; docs/miniature.md has their scores. The one at hand has Euler's pictures, because a trial of
+   ``geneval`` was better so, and what keeps a long run from running away: a rate that falls to zero, a pull to the base,
+   gradients clipped at their usual size; ``quality`` has rewards for the contents beside, because it had learned to draw
+   in black.) Without guidance, at 20 steps, of the snapshots after 20, 40, 60 and 80 steps the one with the
+   highest score of its own bench on the development prompts is the teacher; within one point of the highest, the
+   earliest. (Written when no snapshot of this form had been judged.)
 
 Nothing else is chosen by results: the three KL weights are all reported. Candidates and scores, all of them, go to
 ``benchmarks/results/settings.json``. Stop and repeat it whenever you like: finished candidates are kept.
