@@ -16,6 +16,7 @@ import typer
 
 from flowopd_eval.errors import RequestError, Unavailable, WorkError
 from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of
+from flowopd_eval.publishing_cli import push, verify
 from flowopd_eval.terminal import conclude, progress_bar, status
 
 app = typer.Typer(
@@ -446,11 +447,14 @@ def merge(
     method: Annotated[str, typer.Option(help="exact: mean of the products; factors: as the public script.")] = "exact",
 ) -> None:
     """Merge LoRAs into one: `flowopd-eval merge A=0.5 B=0.5 --out DIR`."""
+    from flowopd_eval import store
     from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
 
     weighted = [(read_adapter(source), weight) for source, weight in map(_weighted_source, parts)]
     merged, merge_report = merge_adapters(weighted, rank=rank, method=method)
     write_adapter(merged, out)
+    made = {"stage": "merge", "teachers": {adapter.source: weight for adapter, weight in weighted}}
+    store.write_json(out / "recipe.json", {**made, "rank": merged.rank, "method": method})  # `push` puts it on the card
     size = f"{len(merged.factors)} modules at rank {merged.rank}"
     typer.echo(f"{size}; {merge_report.discarded_energy:.2%} of the energy discarded. Written to {out}.")
 
@@ -469,6 +473,10 @@ def _weighted_source(text: str) -> tuple[str, float]:
             raise RequestError(f"{source} has no adapter to merge of its own; name adapters.")
         return adapter, weight
     return source, weight
+
+
+app.command()(push)
+app.command()(verify)
 
 
 def run() -> None:

@@ -176,22 +176,41 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
     if name.startswith("hub:") or Path(name).is_dir() or is_userfile(name):
         label = f"{name}+{Path(lora).name}" if lora else name
         short = label if name.startswith("hub:") else Path(label).name
-        return ModelSpec(short, name, lora, SD35_RECORD if is_userfile(name) else _record_of(name), ANYTHING, label)
+        settings = {} if is_userfile(name) else _settings_of(name)
+        if "adapter_of" in settings:
+            return _published(name, settings, lora)
+        record = SamplingRecord(**settings["record"]) if settings else SD35_RECORD
+        return ModelSpec(short, name, lora, record, ANYTHING, label)
     raise RequestError(
         f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION, "
         "nor a function FILE.py:NAME. `flowopd-eval models` lists the known names."
     )
 
 
-def _record_of(source: str) -> SamplingRecord:
-    """The record a saved pipeline carries, else SD3.5-Medium's."""
+def _settings_of(source: str) -> dict[str, Any]:
+    """What a saved pipeline, or an adapter that `flowopd-eval push` published, says of itself; empty for any other."""
     import json
 
     folder = fetch_files(source, [SETTINGS_FILE])[0] if source.startswith("hub:") else Path(source)
     path = folder / SETTINGS_FILE
-    if path.is_file():
-        return SamplingRecord(**json.loads(path.read_text())["record"])
-    return SD35_RECORD
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _published(source: str, settings: Mapping[str, Any], lora: str | None) -> ModelSpec:
+    """A published adapter on the backbone that it names, which must be one of ours: others could be anything."""
+    from pydantic import TypeAdapter
+
+    base = settings["adapter_of"]
+    if base not in [f"{family}:base" for family in FAMILIES]:
+        raise RequestError(f"{source} names the backbone {base!r}; known are {', '.join(FAMILIES)}, with :base.")
+    if lora:
+        raise RequestError(f"{source} is an adapter itself; use --lora with {base}.")
+    try:
+        record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
+    except (LookupError, ValueError) as error:
+        raise RequestError(f"{SETTINGS_FILE} of {source} holds no sampling record: {error}.") from error
+    short = source if source.startswith("hub:") else Path(source).name
+    return replace(resolve(base, source), name=short, record=record, about=f"{short}, an adapter of {base}")
 
 
 def fetch_base(source: str) -> Path:

@@ -26,7 +26,8 @@ FLOORS = [
     ["harness", "doctor"],
     ["rescore", "report", "compare", "export", "official", "paper", "compbench_layout"],
     ["explain", "gallery", "terminal"],
-    ["job"],
+    ["job", "hub"],
+    ["publishing_cli"],
     ["cli"],
     ["__main__"],
 ]

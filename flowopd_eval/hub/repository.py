@@ -1,0 +1,86 @@
+"""What one push uploads: a list of files that names each of them, and what none of them may hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from flowopd_eval.errors import RequestError
+
+Kind = Literal["model", "dataset", "space"]
+Content = bytes | Path
+
+# A path with a root: after the beginning, a blank or a mark that opens something; not the slashes of an address.
+_ROOTED = re.compile(r"""(?:(?<=[\s='"(,])|^)(?:~|/|[A-Za-z]:[\\/])[^\s'",]*[\\/]([^\s'",\\/]*)""")
+_TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
+_CHUNK = 1 << 24  # bytes looked through at a time
+_OVERLAP = 4096
+
+
+@dataclass(frozen=True)
+class Repository:
+    """Every file of a push by its path there: its bytes, or the file they are read from. Nothing else is uploaded.
+
+    ``owned`` are the beginnings of paths that belong to a push alone: what is there of an earlier one, and not in
+    ``files``, is removed.
+    """
+
+    kind: Kind
+    files: Mapping[str, Content]
+    owned: tuple[str, ...] = ()
+    sdk: str | None = None
+
+    def size(self, path: str) -> int:
+        """Bytes of a file."""
+        content = self.files[path]
+        return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def without_paths(value: Any) -> Any:
+    """JSON ``value`` in which of every rooted path the last part is left: the others name people and machines."""
+    if isinstance(value, str):
+        return _ROOTED.sub(r"\1", value)
+    if isinstance(value, Mapping):
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
+    return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def json_bytes(value: Any) -> bytes:
+    """``value`` as an indented JSON file."""
+    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+
+
+def refuse_secrets(repository: Repository) -> None:
+    """Look through every file for what nobody means to publish.
+
+    Raises:
+        RequestError: one holds a Hub token or the home folder's path.
+    """
+    from huggingface_hub import get_token
+
+    token, home = get_token(), f"{Path.home()}/"
+    hidden = {"this machine's Hub token": token.encode() if token else b""}
+    hidden |= {"the path of your home folder": home.encode() if len(home) > 2 else b""}
+    for path, content in repository.files.items():
+        for part in _parts(content):
+            found = next((what for what, text in hidden.items() if text and text in part), None)
+            if found is None and _TOKEN.search(part):
+                found = "a Hub token"
+            if found:
+                raise RequestError(f"{path} holds {found}; nothing was sent. Remove it there, and push again.")
+
+
+def _parts(content: Content) -> Iterable[bytes]:
+    """The content in pieces that overlap, so that nothing hides on a border."""
+    if isinstance(content, bytes):
+        yield content
+        return
+    with content.open("rb") as file:
+        tail = b""
+        while chunk := file.read(_CHUNK):
+            yield tail + chunk
+            tail = chunk[-_OVERLAP:]

@@ -1,0 +1,222 @@
+"""The adapter that is to be published: what it fits, what it was made from and how, as far as files tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowopd_eval.errors import RequestError
+from flowopd_eval.hub.licences import licence_of_repository
+from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.models import FAMILIES, MERGE, Family, ModelSpec, fetch_base, load_adapter, resolve
+from flowopd_eval.records import SamplingRecord
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from flowopd_eval.adapters import Adapter
+
+RECIPE = "recipe.json"
+_MERGE_REPORT = "merge.json"
+# SD3.5-Medium's transformer (transformer/config.json of stabilityai/stable-diffusion-3.5-medium), so that an adapter is
+# checked against every one of its layers without 5 GB of weights.
+_SD35_TRANSFORMER: dict[str, Any] = {
+    "sample_size": 128,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": tuple(range(13)),
+    "qk_norm": "rms_norm",
+}
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """An adapter of somebody's that this one was made from: its source at a commit, what it gave, its licence."""
+
+    source: str
+    role: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter with its backbone's family, the record it is drawn with, and how it was made.
+
+    ``folder`` is where it lies (None: on the Hub); ``recipe`` and ``training`` are what a training run left, with local
+    paths cut down to names; ``upstream`` are the adapters of others that it was made from.
+    """
+
+    adapter: Adapter
+    family: Family
+    record: SamplingRecord
+    folder: Path | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    upstream: tuple[Upstream, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The backbone's name, as ``--model`` takes it."""
+        return f"{self.family.name}:base"
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is several adapters' weighted sum."""
+        return self.recipe.get("stage") == "merge"
+
+    @property
+    def change(self) -> str:
+        """What it changes of its backbone, in words."""
+        made = f"made by stage {self.recipe['stage']!r}" if self.recipe.get("stage") else "of unknown making"
+        size = f"rank {self.adapter.rank} in {len(self.adapter.factors)} linear layers of the transformer"
+        return f"low-rank matrices (LoRA, {size}), {made}, are added to it when it is loaded."
+
+
+def read_subject(source: str) -> Subject:
+    """The adapter ``source``: a folder, a file, ``hub:REPO@REVISION``, or a known name such as ``tiny:student``.
+
+    Raises:
+        RequestError: as :func:`flowopd_eval.adapters.read_adapter`; an adapter that does not fit its backbone whole; an
+            upstream adapter whose licence is unknown.
+    """
+    spec = _known(source)
+    place = spec.adapter if spec and spec.adapter else source
+    adapter = load_adapter(place)
+    folder = None if place.startswith(("hub:", MERGE)) else _folder(Path(place))
+    making = _making(folder) if folder else {}
+    recipe: Mapping[str, Any] = making.get("recipe", {})
+    if place.startswith(MERGE):
+        recipe = {"stage": "merge", "teachers": dict.fromkeys(place.removeprefix(MERGE).split("+"))}
+    family = _family(adapter, str(recipe.get("base") or (folder and _declared(folder)) or ""))
+    record = spec.record if spec else _record(family, recipe)
+    upstream = _upstream(recipe, {str(folder)})
+    if place.startswith("hub:"):
+        upstream = (Upstream(adapter.source, "published again", licence_of_repository(adapter.source)), *upstream)
+    return Subject(
+        adapter, family, record, folder, without_paths(recipe), without_paths(making.get("run", {})), upstream
+    )
+
+
+def _known(source: str) -> ModelSpec | None:
+    """The registry's entry of that name. Raises ``RequestError`` for a name of a family that has no adapter."""
+    if source.partition(":")[0] not in FAMILIES:
+        return None
+    spec = resolve(source)
+    if spec.adapter is None:
+        raise RequestError(f"{source} is a backbone without an adapter: there is nothing to publish.")
+    return spec
+
+
+def _folder(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
+
+
+def _making(folder: Path) -> dict[str, Any]:
+    """What `python -m training` or `merge` left beside an adapter: ``recipe``, and of a run that ended ``run``."""
+    run = folder.parent.parent if folder.parent.name == "snapshots" else folder.parent
+    for place in (folder, run):
+        if (place / RECIPE).is_file():
+            made: dict[str, Any] = {"recipe": _read(place / RECIPE)}
+            finished = _read(place / "run.json") if (place / "run.json").is_file() else {}
+            return made | ({"run": finished} if "identity" in finished else {})
+        if (place / _MERGE_REPORT).is_file():
+            found = _read(place / _MERGE_REPORT)
+            recipe = found.pop("recipe", {})
+            return {"recipe": {"stage": "merge", **recipe}, "run": found}
+    return {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RequestError(f"{path} is no JSON ({error}): restore it, or move it away from the adapter.") from error
+    if not isinstance(found, dict):
+        raise RequestError(f"{path} should hold an object, but holds {type(found).__name__}.")
+    return found
+
+
+def _declared(folder: Path) -> str | None:
+    """The backbone that PEFT's config names."""
+    config = folder / "adapter_config.json"
+    return _read(config).get("base_model_name_or_path") if config.is_file() else None
+
+
+# ------------------------------------------------------------------------------------------------------- the backbone
+
+
+def _family(adapter: Adapter, declared: str) -> Family:
+    """The family whose backbone ``declared`` names, else the one whose every layer the adapter fits."""
+    from flowopd_eval.adapters import check_adapter
+
+    named = [f for f in FAMILIES.values() if declared in (f"{f.name}:base", f.base, f.base.removeprefix("hub:"))]
+    refusals = []
+    for family in named or FAMILIES.values():
+        try:
+            check_adapter(adapter, skeleton(family))
+            return family
+        except RequestError as error:
+            refusals.append(f"{family.name}:base: {error}")
+    raise RequestError("The adapter does not fit its backbone, and is not published.\n" + "\n".join(refusals))
+
+
+def skeleton(family: Family) -> nn.Module:
+    """The transformer of a family's backbone without its values."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    config: Any = _SD35_TRANSFORMER
+    if family.base.startswith("builtin:"):
+        stored = json.loads((fetch_base(family.base) / "transformer" / "config.json").read_bytes())
+        config = {key: value for key, value in stored.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        return SD3Transformer2DModel(**config)
+
+
+def _record(family: Family, recipe: Mapping[str, Any]) -> SamplingRecord:
+    """The family's record, with the guidance the recipe trained for."""
+    guidance = recipe.get("guidance") or (recipe.get("rollout") or {}).get("guidance")
+    return replace(family.record, guidance=float(guidance)) if guidance else family.record
+
+
+# ----------------------------------------------------------------------------------------------------------- upstream
+
+
+def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]:
+    """The adapters on the Hub that a recipe starts from, merges or learns from; those of local ones' recipes too."""
+    found: dict[str, Upstream] = {}
+    for source, role in _sources(recipe):
+        for place in _places(source):
+            if place.startswith("hub:"):
+                found[place] = Upstream(place, role, licence_of_repository(place))
+            elif place not in seen and Path(place).exists():
+                seen.add(place)
+                further = _making(_folder(Path(place))).get("recipe", {})
+                found |= {one.source: one for one in _upstream(further, seen)}
+    return tuple(found.values())
+
+
+def _sources(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Sources that a recipe names, each with what it gave."""
+    teachers = recipe.get("teachers") or {}
+    role = "merged" if recipe.get("stage") == "merge" else "teacher"
+    named = [(str(one["source"]) if isinstance(one, Mapping) else str(name), role) for name, one in teachers.items()]
+    pull, start = recipe.get("anchor"), str(recipe.get("start") or "none")
+    named += [(str(pull["source"]), "anchor")] if isinstance(pull, Mapping) and pull.get("weight") else []
+    return named + ([(start, "started from")] if start not in ("none", "merge") else [])
+
+
+def _places(source: str) -> list[str]:
+    """Where the adapters of a recipe's source lie; none for a backbone."""
+    if source.partition(":")[0] in FAMILIES:
+        adapter = resolve(source).adapter
+        return adapter.removeprefix(MERGE).split("+") if adapter else []
+    return [] if source == "base" else [source]

@@ -1,0 +1,96 @@
+"""The commands that publish and verify: `push` and `verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flowopd_eval.errors import WorkError
+from flowopd_eval.job import device_of
+from flowopd_eval.terminal import progress_bar, status
+
+if TYPE_CHECKING:
+    from flowopd_eval.hub.repository import Repository
+
+
+def push(
+    source: Annotated[
+        str, typer.Argument(metavar="WHAT", help="Adapter (folder, file, known name), folder of a run, or of the app.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="REPO", help="Repository on the Hub, OWNER/NAME.")],
+    runs: Annotated[
+        list[Path] | None, typer.Option("--run", help="Run whose scores go onto an adapter's card; repeatable.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="For everybody to see (default: private).")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; send nothing.")] = False,
+) -> None:
+    """Publish an adapter with its card, a run as a dataset, or the app as a Space: private unless told otherwise.
+
+    The token is that of `hf auth login`, or HF_TOKEN.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from flowopd_eval.hub.push import stage, upload
+
+    disable_progress_bars()  # one for each of dozens of pictures
+    with TemporaryDirectory(prefix="flowopd-push-") as scratch:
+        with status("checking what is to be published"):
+            repository = stage(source, name, runs or [], Path(scratch))
+        _show(repository, name, public)
+        if dry_run:
+            typer.echo("Dry run: nothing was sent.")
+            return
+        with status(f"uploading to {name}"):
+            address, changed = upload(repository, name, public=public)
+    typer.echo(f"Published: {address}" if changed else f"Nothing has changed: {address}")
+    if repository.kind == "model":
+        typer.echo(f"Check it as anybody can: flowopd-eval verify {name}")
+
+
+def _show(repository: Repository, name: str, public: bool) -> None:
+    """Every file with its size, before anything is sent."""
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+    from rich.text import Text
+
+    sizes = {path: repository.size(path) for path in repository.files}
+    shown = "public" if public else "private"
+    table = Table(box=None, title=f"{name}: {repository.kind}, {shown}", title_justify="left", show_header=False)
+    table.add_column(justify="right")
+    pictures = [path for path in sizes if path.endswith(".png") and "/" in path]
+    for path in sizes:
+        if len(pictures) <= 30 or path not in pictures:
+            table.add_row(decimal(sizes[path]), Text(path))
+    if len(pictures) > 30:
+        table.add_row(decimal(sum(sizes[path] for path in pictures)), f"{len(pictures):,} pictures")
+    table.add_row(decimal(sum(sizes.values())), f"in all, {len(sizes):,} files", style="bold")
+    Console().print(table)
+
+
+def verify(
+    name: Annotated[str, typer.Argument(metavar="REPO", help="Repository that `push` made: OWNER/NAME[@REVISION].")],
+    pictures: Annotated[int, typer.Option(min=8, help="Prompts of each metric to draw again.")] = 32,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: cuda where there is one).")
+    ] = None,
+) -> None:
+    """Draw some of a card's own pictures again, judge them, and say whether they are what the card says.
+
+    Which ones is decided by the repository's commit. Exit code 1 where they are not.
+    """
+    from huggingface_hub.utils import disable_progress_bars
+
+    from flowopd_eval.hub import verify as verifying
+
+    disable_progress_bars()
+    with progress_bar() as progress:
+        source = f"hub:{name.removeprefix('hub:')}"
+        resolved, verdicts = verifying.verify(source, pictures, device_of(device), progress)
+    typer.echo(verifying.report(resolved, verdicts))
+    wrong = [verdict.key for verdict in verdicts if verdict.contradictions]
+    if wrong:
+        raise WorkError(f"{resolved} is not what its card says: {', '.join(wrong)}.")

@@ -1,0 +1,377 @@
+"""Publishing an adapter through the real client: what arrives, what does not, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from loopback_hub import Stored
+from random_adapters import random_adapter
+
+from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
+from flowopd_eval.errors import RequestError
+from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.subject import read_subject, skeleton
+from flowopd_eval.models import FAMILIES
+
+WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
+OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md"]
+RESULTS = ["metrics.json", "samples.jsonl", "samples.png"]
+SD35 = "stabilityai/stable-diffusion-3.5-medium"
+
+
+def of(hub, name, kind="models") -> Stored:
+    return hub.repositories[f"{kind}/{name}"]
+
+
+# ------------------------------------------------------------------------------------------------------- what arrives
+
+
+def test_a_push_creates_a_private_repository_of_what_it_has_shown(machine, hub, trained, finished, adapter_sha256):
+    answer = machine("push", trained / "adapter", "me/first", "--run", finished)
+    assert answer.code == 0, answer.err
+    repo = of(hub, "me/first")
+    assert repo.private
+    assert len(repo.revisions) == 2  # the Hub's own first commit, and one of ours
+    mine = [name for name in repo.files if name != ".gitattributes"]
+    pictures = [name for name in mine if name.startswith("samples/")]
+    assert len(pictures) == 24
+    assert sorted(mine) == sorted(WEIGHTS + OTHERS + RESULTS + pictures)
+    shown, _, after = answer.out.partition("in all, 35 files")
+    assert all(name in shown for name in mine)
+    assert f"/me/first/tree/{repo.head}" in after
+    puts = [line for line in hub.log if line.startswith("PUT")]
+    assert len(puts) == len({repo.files[n] for n in mine if n.endswith((".safetensors", ".png"))})
+    assert read_from(repo, machine.folder / "read").sha256 == adapter_sha256
+
+
+def read_from(repo, folder) -> Adapter:
+    folder.mkdir()
+    for name in WEIGHTS:
+        (folder / name).write_bytes(repo.files[name])
+    peft, diffusers = read_adapter(folder), read_adapter(folder / WEIGHTS[0])
+    assert peft.sha256 == diffusers.sha256
+    return peft
+
+
+def test_neither_token_nor_strangers_nor_home_leave_the_machine(machine, hub, pushed):
+    token = machine.token
+    assert token not in "".join(hub.log)
+    for content in (*of(hub, pushed).files.values(), *hub.bodies, *hub.objects.values()):
+        for secret in (token, "opensesame", "/home/someone", str(machine.folder)):
+            assert secret.encode() not in content
+    recipe = json.loads(of(hub, pushed).files["recipe.json"])
+    assert (recipe["cache"], recipe["tasks"][0]["prompts"]) == ("embeddings", "mine.jsonl")
+
+
+def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, finished, pushed):
+    head, before = of(hub, pushed).head, len(hub.log)
+    answer = machine("push", trained / "adapter", pushed, "--run", finished)
+    assert answer.code == 0, answer.err
+    assert "Nothing has changed" in answer.out
+    assert of(hub, pushed).head == head
+    assert not [line for line in hub.log[before:] if line.startswith("PUT") or "/commit/" in line]
+
+
+def test_results_that_are_no_longer_there_go_and_files_of_others_stay(machine, hub, trained, pushed):
+    repo = of(hub, pushed)
+    repo.files["mine.txt"] = b"by hand"
+    answer = machine("push", trained / "adapter", pushed)
+    assert answer.code == 0, answer.err
+    assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", *WEIGHTS, *OTHERS])
+    assert b"None were published" in repo.files["README.md"]
+    assert b"metrics" not in repo.files["README.md"]
+
+
+def test_a_dry_run_shows_everything_and_sends_nothing(machine, hub, trained, finished):
+    machine.token = ""
+    answer = machine("push", trained / "adapter", "me/dry", "--run", finished, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "README.md" in answer.out
+    assert "nothing was sent" in answer.out
+    assert hub.log == []
+
+
+def test_only_public_makes_public(machine, hub, trained):
+    adapter = trained / "adapter"
+    assert machine("push", adapter, "me/open").code == 0
+    assert of(hub, "me/open").private
+    assert machine("push", adapter, "me/open", "--public").code == 0
+    assert not of(hub, "me/open").private
+    head = of(hub, "me/open").head
+    answer = machine("push", adapter, "me/open")
+    assert answer.code == 2
+    assert "me/open is public" in answer.err
+    assert of(hub, "me/open").head == head
+    assert machine("push", adapter, "me/new", "--public").code == 0
+    assert not of(hub, "me/new").private
+
+
+# --------------------------------------------------------------------------------------------------- when it goes wrong
+
+
+def test_a_connection_that_is_cut_is_taken_up_again_by_the_client(machine, hub, trained):
+    hub.cuts = 1
+    answer = machine("push", trained / "adapter", "me/cut")
+    assert answer.code == 0, answer.err
+    assert len([line for line in hub.log if line.startswith("PUT")]) == 3
+
+
+def test_a_broken_upload_commits_nothing_and_the_next_sends_the_rest(machine, hub, trained, finished):
+    words = ("push", trained / "adapter", "me/broken", "--run", finished)
+    hub.spared, hub.cuts = 5, 10_000
+    answer = machine(*words)
+    assert answer.code == 1
+    assert "give the same command again" in answer.err
+    assert "Traceback" not in answer.err
+    assert list(of(hub, "me/broken").files) == [".gitattributes"]
+    arrived, before = set(hub.objects), len(hub.log)
+    assert len(arrived) == 5
+    hub.cuts = 0
+    assert machine(*words).code == 0
+    sent = {line.rsplit("/", 1)[-1] for line in hub.log[before:] if line.startswith("PUT")}
+    assert sent == set(hub.objects) - arrived
+    assert len(sent) > 5
+    assert "README.md" in of(hub, "me/broken").files
+
+
+@pytest.mark.parametrize(
+    ("token", "name", "code", "why"),
+    [
+        ("", "me/a", 2, "There is no Hub token here"),
+        ("hf_wrong", "me/a", 2, "does not know this token: run `hf auth login`"),
+        (None, "others/a", 2, "may not write to others/a"),
+        (None, "nobody/a", 2, "The Hub has no nobody/a"),
+        (None, "a", 2, "Expected a repository as OWNER/NAME, but got 'a'"),
+        (None, "me/../a", 2, "Expected a repository as OWNER/NAME"),
+    ],
+)
+def test_what_the_hub_refuses_is_said_with_its_remedy(machine, hub, trained, token, name, code, why):
+    machine.token = machine.token if token is None else token
+    answer = machine("push", trained / "adapter", name)
+    assert (answer.code, why in answer.err) == (code, True), answer.err
+    assert "Traceback" not in answer.err
+    assert not token or token not in answer.err
+    assert not hub.repositories
+
+
+def test_somebody_elses_commit_in_between_is_not_overwritten(machine, hub, trained):
+    hub.busy = True
+    answer = machine("push", trained / "adapter", "me/busy")
+    assert answer.code == 1
+    assert "changed by somebody else" in answer.err
+    assert list(of(hub, "me/busy").files) == [".gitattributes", "theirs.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------- what is refused
+
+
+def spoilt(gentle, kind) -> Adapter:
+    factors = dict(gentle.factors)
+    name = next(iter(factors))
+    a, b = factors[name]
+    if kind == "partial":
+        del factors[name]
+    elif kind == "foreign":
+        factors = {f"blocks.{n}": f for n, f in factors.items()}
+    else:
+        factors[name] = Factors(a, {"nan": b * float("nan"), "zero": b * 0, "shape": b[:-1]}[kind])
+    return Adapter(factors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("partial", "1 modules left out that it should cover"),
+        ("foreign", "match no linear layer"),
+        ("nan", "NaN or infinity in 1 of"),
+        ("zero", "lora_B is all zero in 1 of"),
+        ("shape", "another shape"),
+    ],
+)
+def test_an_adapter_that_fails_its_checks_is_refused_and_nothing_sent(machine, hub, gentle, tmp_path, kind, why):
+    write_adapter(spoilt(gentle, kind), tmp_path)
+    # without a config, the other blocks say what is left out
+    source = tmp_path if kind in ("nan", "zero") else tmp_path / WEIGHTS[0]
+    answer = machine("push", source, "me/spoilt")
+    assert (answer.code, why in answer.err) == (2, True), answer.err
+    assert hub.writes() == []
+
+
+@pytest.mark.parametrize(
+    ("card", "says"),
+    [
+        ("# no metadata", None),
+        ("---\nlicense: unknown\n---\n", None),
+        ("---\nlicense: other\n---\n", None),
+        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence"),
+        ("---\nlicense: mit\n---\n", "mit"),
+    ],
+)
+def test_an_upstream_adapter_needs_a_licence(machine, hub, gentle, tmp_path, card, says):
+    write_adapter(gentle, tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {"README.md": card.encode()}
+    name = f"they/{hashlib.sha1(card.encode()).hexdigest()}"  # another each time, as the client caches
+    hub.repositories[f"models/{name}"] = Stored({"a" * 40: files}, "a" * 40)
+    recipe = {"stage": "distill", "teachers": {"ocr": {"source": f"hub:{name}"}}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    for source in (f"hub:{name}", tmp_path):
+        answer = machine("push", source, "me/again")
+        if says is None:
+            assert answer.code == 2
+            assert "states no licence" in answer.err
+            assert "models/me/again" not in hub.repositories
+        else:
+            assert answer.code == 0, answer.err
+            readme = of(hub, "me/again").files["README.md"].decode()
+            assert f"| {says} |" in readme
+
+
+def test_upstream_is_followed_through_adapters_of_ones_own(gentle, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("flowopd_eval.hub.subject.licence_of_repository", lambda source: asked.append(source) or "mit")
+    expert, student = tmp_path / "expert" / "adapter", tmp_path / "student" / "adapter"
+    for folder, recipe in (
+        (expert, {"stage": "nft", "start": "hub:they/start"}),
+        (student, {"stage": "distill", "teachers": {"a": {"source": str(expert)}, "b": {"source": "flow-opd:merge"}}}),
+    ):
+        write_adapter(gentle, folder)
+        (folder.parent / "recipe.json").write_text(json.dumps(recipe))
+    subject = read_subject(str(student))
+    assert {one.source: one.role for one in subject.upstream}["hub:they/start"] == "started from"
+    assert "hub:jieliu/SD3.5M-FlowGRPO-Text" in asked  # each part of a merge
+    assert len(asked) == 5
+
+
+def test_a_merge_says_what_it_was_made_of(command, transformer, tmp_path):
+    for seed in (1, 2):
+        write_adapter(random_adapter(transformer, seed), tmp_path / str(seed))
+    parts = [f"{tmp_path / str(seed)}=0.5" for seed in (1, 2)]
+    code, _, errors = command("merge", *parts, "--out", tmp_path / "merged")
+    assert code == 0, errors
+    subject = read_subject(str(tmp_path / "merged"))
+    assert subject.merged
+    assert subject.recipe["teachers"] == {"1": 0.5, "2": 0.5}  # of their paths, the names
+    assert (subject.base, subject.upstream) == ("tiny:base", ())
+
+
+def test_a_run_of_another_adapter_is_refused(machine, hub, transformer, finished, tmp_path):
+    write_adapter(random_adapter(transformer, 1), tmp_path)
+    answer = machine("push", tmp_path, "me/other", "--run", finished)
+    assert answer.code == 2
+    assert "holds no pictures of this adapter" in answer.err
+    assert hub.log == []
+
+
+def edited(run, tmp_path, **changes):
+    """A copy of a run whose request says something else."""
+    out = tmp_path / "edited"
+    shutil.copytree(run, out)
+    recorded = json.loads((out / "run.json").read_text())
+    ((_, entry),) = recorded["runs"].items()
+    for name, value in changes.items():
+        target = entry["request"] if name in entry["request"] else entry["request"]["generator"]
+        target[name] = value
+    (out / "run.json").write_text(json.dumps(recorded))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"base_sha256": "0" * 64}, "was drawn on another backbone than tiny:base"),
+        ({"partial": "--limit 3"}, "is partial, which a model card would not tell"),
+        ({"key": "geneval"}, "never comparable"),
+    ],
+)
+def test_scores_that_are_not_this_cards_are_refused(machine, hub, trained, finished, tmp_path, changes, why):
+    answer = machine("push", trained / "adapter", "me/claims", "--run", edited(finished, tmp_path, **changes))
+    assert (answer.code, why in answer.err) == (2, True), answer.err
+    assert hub.log == []
+
+
+@pytest.fixture(scope="module")
+def sd35(tmp_path_factory):
+    """An adapter of rank 1 for every block of SD3.5-Medium."""
+    folder = tmp_path_factory.mktemp("sd35")
+    fresh = fresh_adapter(skeleton(FAMILIES["flow-opd"]), ["attn.to_q", "attn.to_v"], 1)
+    write_adapter(Adapter({name: Factors(f.A, f.B + 0.01) for name, f in fresh.factors.items()}), folder)
+    return folder
+
+
+def test_sd35_takes_its_licence_along_from_its_own_repository(machine, hub, sd35):
+    refused = machine("push", sd35, "me/sd")
+    assert refused.code == 2
+    assert f"https://huggingface.co/{SD35}/blob/main/LICENSE.md" in refused.err
+    assert f"as {sd35 / 'LICENSE.md'}" in refused.err
+    assert hub.writes() == []
+    hub.repositories[f"models/{SD35}"] = Stored({"c" * 40: {"LICENSE.md": b"the agreement"}}, "c" * 40)
+    answer = machine("push", sd35, "me/sd")
+    assert answer.code == 0, answer.err
+    files = of(hub, "me/sd").files
+    assert files["LICENSE.md"] == b"the agreement"
+    notice = files["NOTICE"].decode()
+    asked = (
+        "This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd."
+    )
+    assert notice.startswith(asked)
+    assert "rank 1 in 48 linear layers" in notice
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == SD35
+    assert "LICENSE" not in files
+
+
+def test_a_licence_beside_the_adapter_serves_without_the_gated_repository(machine, hub, sd35, tmp_path):
+    shutil.copytree(sd35, tmp_path / "a")
+    (tmp_path / "a" / "LICENSE.md").write_text("by hand")
+    assert machine("push", tmp_path / "a", "me/sd2").code == 0
+    assert of(hub, "me/sd2").files["LICENSE.md"] == b"by hand"
+
+
+def test_the_miniatures_scores_stand_on_no_other_card(machine, hub, sd35, finished, tmp_path):
+    sha256 = read_adapter(sd35).sha256
+    run = edited(finished, tmp_path, adapter_sha256=sha256)
+    answer = machine("push", sd35, "me/sd", "--run", run)
+    assert answer.code == 2
+    assert "the miniature's scores are never comparable with a real model's" in answer.err
+    assert hub.writes() == []
+
+
+def test_a_token_in_a_file_stops_everything(machine, hub, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(recipe | {"note": "hf_" + "x" * 34}))
+    answer = machine("push", tmp_path / "run" / "adapter", "me/leak")
+    assert answer.code == 2
+    assert "recipe.json holds a Hub token" in answer.err
+    assert "xxxx" not in answer.err + answer.out
+    assert hub.log == []
+
+
+def test_a_training_run_is_told_where_its_adapter_lies(machine, trained):
+    answer = machine("push", trained, "me/a")
+    assert answer.code == 2
+    assert f"push its adapter, {trained / 'adapter'}" in answer.err
+
+
+def test_a_backbone_is_nothing_to_publish():
+    with pytest.raises(RequestError, match="backbone without an adapter"):
+        read_subject("tiny:base")
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("/home/a/b.txt", "b.txt"),
+        ("~/x/y.json", "y.json"),
+        (r"C:\Users\a\b.txt", "b.txt"),
+        ("python /opt/judge/run.py --to=/srv/x/out", "python run.py --to=out"),
+        ("hub:owner/name@main", "hub:owner/name@main"),
+        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
+        ("runs/train/x", "runs/train/x"),
+        ("a photo and/or b", "a photo and/or b"),
+    ],
+)
+def test_of_a_path_its_name_is_left(text, left):
+    assert without_paths({text: [text]}) == {left: [left]}
