@@ -1,0 +1,1 @@
+"""Student against experts: a page that draws one prompt with any of a family's models from the same noise."""

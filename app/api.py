@@ -1,0 +1,254 @@
+"""What programs may ask: everything on the page, as plain JSON, under names that stay.
+
+Pictures travel as ``data:`` addresses; ``compare`` tells each step and returns everything at its end.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from app import cards
+from app.compare_tab import restorable
+from app.examples import EXAMPLES
+from app.judging import best
+from app.picture import read_comparison, write_comparison
+from app.runs import Runs, chosen, marks, pictures
+from app.session import Drawn, Session, Step
+from app.told import DRAWING, in_words, on_a_shared_gpu
+from app.vote_tab import Pair, Polling
+from app.wanted import ARMS, GUIDANCE, PROMPT, SEED, STEPS, shown, wanted
+from flowopd_eval.errors import RequestError
+
+_PAGE = 100  # pictures listed at once
+_LARGEST = 48 * 2**20  # characters of a PNG as text
+_PNG = "data:image/png;base64,"
+
+
+def _polite(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors as gradio hands them to a client, in words and without a trace."""
+
+    @wraps(function)
+    def answer(*values: Any) -> Any:
+        try:
+            return function(*values)
+        except Exception as error:
+            raise gr.Error(in_words(error), print_exception=False) from None
+
+    return answer
+
+
+def _polite_stream(function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    @wraps(function)
+    def answer(*values: Any) -> Iterator[Any]:
+        try:
+            yield from function(*values)
+        except Exception as error:
+            raise gr.Error(in_words(error), print_exception=False) from None
+
+    return answer
+
+
+def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
+    """Add every name to the page that is being built."""
+
+    def models() -> list[dict[str, Any]]:
+        """The models here: name, about, sampling record, and why one is not available."""
+        return [
+            {
+                "name": arm.name,
+                "about": arm.about,
+                "record": asdict(arm.spec.record),
+                "problem": shown(arm.problem),
+            }
+            for arm in session.arms.values()
+        ]
+
+    def limits() -> dict[str, Any]:
+        """The largest values that are taken."""
+        return {
+            "prompt": PROMPT,
+            "arms": ARMS,
+            "steps": STEPS,
+            "guidance": GUIDANCE,
+            "seed": SEED,
+            "sides": session.sides,
+        }
+
+    def examples() -> dict[str, list[str]]:
+        """Prompts by task."""
+        return {task: list(prompts) for task, prompts in EXAMPLES[session.family.objects].items()}
+
+    def compare(
+        prompt: str,
+        seed: int = 0,
+        arms: list[str] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        side: int | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """Draw a prompt with several models from the same noise; null takes all models, or each model's own record."""
+        names = [arm.name for arm in session.ready] if arms is None else arms
+        request = session.check(
+            wanted({"prompt": prompt, "seed": seed, "arms": names, "steps": steps, "guidance": guidance, "side": side})
+        )
+        drawn: list[Drawn] = []
+        for event in session.draw(request):
+            if isinstance(event, Step):
+                yield {"model": event.arm, "step": event.done, "of": event.steps}
+            else:
+                drawn.append(event)
+        good = {one.arm: one for one in drawn if one.picture is not None}
+        top = best({one.arm: one.scores for one in drawn})
+        png = (
+            write_comparison(
+                session.family.name,
+                request,
+                {name: one.picture for name, one in good.items() if one.picture is not None},
+                {name: one.identity for name, one in good.items()},
+                {name: one.scores for name, one in good.items()},
+                cards.lines(drawn),
+            )
+            if good
+            else b""
+        )
+        yield {
+            "pictures": [_drawn(one) for one in drawn],
+            "best": {judge: sorted(names) for judge, names in top.items()},
+            "not_judged": {seat.flag: shown(seat.absent) for seat in session.panel.seats(prompt) if seat.absent},
+            "comparison": _PNG + base64.b64encode(png).decode() if png else None,
+        }
+
+    def restore(png: str) -> dict[str, Any]:
+        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "comparison.png"
+            file.write_bytes(_bytes(png))
+            saved = read_comparison(file)
+        words, arms = restorable(session, saved)
+        return {**saved.settings.model_dump(), "arms": arms, "said": words, "scores": saved.scores}
+
+    def vote_pair(prompt: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Two pictures without names, and the ticket by which to vote on them."""
+        for event in polling.pair(polling.request(prompt, seed)):
+            if isinstance(event, Pair):
+                both = {side: getattr(event, side).picture for side in ("left", "right")}
+                urls = {side: cards.data_url(picture, exact=True) for side, picture in both.items()}
+                yield {"ticket": event.ticket, "prompt": event.prompt, "seed": event.seed, **urls}
+            else:
+                yield {"step": event[0], "of": event[1]}
+
+    def vote(ticket: str, choice: str) -> dict[str, Any]:
+        """Vote ``left``, ``tie`` or ``right`` on a pair, once; returns who drew what."""
+        return asdict(polling.ballot.cast(ticket, choice))
+
+    def standings() -> list[dict[str, Any]]:
+        """Win rates with intervals."""
+        return polling.standings()
+
+    def votes_csv() -> str:
+        """Every vote, a line each."""
+        return polling.ballot.csv()
+
+    for function in (models, limits, examples, restore, vote, standings, votes_csv):
+        gr.api(_polite(function), api_name=function.__name__, queue=False)
+    for stream in (compare, vote_pair):
+        gr.api(on_a_shared_gpu(_polite_stream(stream)), api_name=stream.__name__, **DRAWING)
+    _offer_runs(runs)
+
+
+def _offer_runs(given: Runs | None) -> None:
+    def here() -> Runs:
+        if given is None:
+            raise RequestError("This server shows no runs; it was started without --runs.")
+        return given
+
+    def runs() -> list[str]:
+        """The finished runs, newest first."""
+        return given.names() if given else []
+
+    def run(name: str) -> dict[str, Any]:
+        """A run's summaries, and what could not be judged."""
+        loaded = here().load(name)
+        return {
+            "note": loaded.note,
+            "summaries": [entry.summary for entry in loaded.entries],
+            "unavailable": loaded.unavailable,
+        }
+
+    def run_csv(name: str) -> str:
+        """A run's tables as CSV."""
+        return here().csv(name)
+
+    def run_comparison(name: str) -> list[dict[str, Any]]:
+        """Every model of a run beside its first: a sentence, and the rows with intervals."""
+        return [
+            {"key": one.key, "sentence": one.sentence, "rows": [asdict(row) for row in (one.overall, *one.tasks)]}
+            for one in here().compare(name).comparisons
+        ]
+
+    def run_pictures(
+        name: str,
+        model: str | None = None,
+        key: str | None = None,
+        task: str | None = None,
+        verdict: str | None = None,
+        disagree: bool = False,
+        page: int = 0,
+    ) -> dict[str, Any]:
+        """The addresses of a run's pictures by model, metric, task, verdict, or the models' disagreement."""
+        found = pictures(here().load(name))
+        left = chosen(found, model=model, key=key, task=task, said=verdict, disagree=disagree)
+        start = max(0, page) * _PAGE
+        listed = [
+            {
+                **one.address,
+                "prompt": one.sample.prompt,
+                "task": one.sample.task,
+                "verdict": one.verdict,
+                "score": one.sample.score,
+            }
+            for one in left[start : start + _PAGE]
+        ]
+        return {"count": len(left), "pictures": listed}
+
+    def run_picture(name: str, model: str, key: str, id: str, k: int) -> dict[str, Any]:
+        """One picture at full size with its boxes and its provenance."""
+        picture, one, facts = here().picture(name, {"model": model, "key": key, "id": id, "k": k})
+        return {"picture": cards.data_url(picture, exact=True), "boxes": marks(one), "provenance": facts}
+
+    for function in (runs, run, run_csv, run_comparison, run_pictures, run_picture):
+        gr.api(_polite(function), api_name=function.__name__)
+
+
+def _drawn(one: Drawn) -> dict[str, Any]:
+    return {
+        "model": one.arm,
+        "picture": cards.data_url(one.picture, exact=True) if one.picture else None,
+        "error": one.error,
+        "seconds": round(one.seconds, 3),
+        "scores": {flag: _score(score) for flag, score in one.scores.items()},
+        "provenance": dict(one.identity),
+    }
+
+
+def _score(score: Any) -> Mapping[str, Any]:
+    said = {"value": score.value, "reason": score.reason, "error": score.error and shown(score.error)}
+    return {**said, "boxes": cards.boxes(score.detail)}
+
+
+def _bytes(png: str) -> bytes:
+    if not isinstance(png, str) or not png.startswith(_PNG) or len(png) > _LARGEST:
+        raise RequestError(f"Expected a saved comparison as text that begins with {_PNG!r}.")
+    try:
+        return base64.b64decode(png.removeprefix(_PNG), validate=True)
+    except binascii.Error:
+        raise RequestError("The PNG is not written in base64.") from None

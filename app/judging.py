@@ -1,0 +1,125 @@
+"""Who judges a picture of a free prompt, what they say, and who cannot and why."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from app.clauses import read_clauses
+from flowopd_eval.benches import Bench, Judge, find_bench
+from flowopd_eval.errors import RequestError, Unavailable
+from flowopd_eval.harness import judge
+from flowopd_eval.records import Prompt, Score, Scorer
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+FLAGS = {"coco": ("geneval", "ocr", "preference"), "shapes": ("geneval", "ocr", "quality", "preference")}
+TITLES = {"geneval": "GenEval", "ocr": "Text", "quality": "Clean lines", "preference": "PickScore"}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One judge's place for a prompt: who sits there, or in words why nobody does."""
+
+    flag: str
+    prompt: Prompt | None
+    scorer: Scorer | None
+    absent: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is called on the page."""
+        return TITLES[self.flag]
+
+
+class Panel:
+    """The judges of pictures of ``objects``. Each is loaded when a prompt first needs it."""
+
+    def __init__(self, objects: str) -> None:
+        self.objects = objects
+        self._benches = [find_bench(flag, objects) for flag in FLAGS[objects]]
+        self._scorers: dict[str, Scorer | str] = {}
+        self._lock = threading.Lock()
+
+    def seats(self, text: str) -> list[Seat]:
+        """Every judge's place for a prompt, in the order in which they are shown."""
+        return [self._seat(bench, text.replace("“", '"').replace("”", '"')) for bench in self._benches]
+
+    def _seat(self, bench: Bench, text: str) -> Seat:
+        try:
+            prompt = self._record(bench, text)
+        except RequestError as error:
+            return Seat(bench.flag, None, None, str(error))
+        scorer = self._scorer(bench)
+        if isinstance(scorer, str):
+            return Seat(bench.flag, prompt, None, scorer)
+        return Seat(bench.flag, prompt, scorer)
+
+    def _record(self, bench: Bench, text: str) -> Prompt:
+        """The prompt as this bench judges it. Raises ``RequestError`` where it cannot."""
+        if bench.flag == "ocr" and '"' not in text:
+            raise RequestError("the prompt quotes no text to be read")
+        if bench.flag != "geneval":
+            prompt = Prompt("free", text, bench.flag)
+        elif (read := read_clauses(text, self.objects)) is None:
+            example = "two dogs" if self.objects == "coco" else "two red circles"
+            raise RequestError(f"the prompt is not of GenEval's kind, such as “a photo of {example}”")
+        else:
+            prompt = Prompt("free", text, *read)
+        bench.check(prompt)
+        return prompt
+
+    def _scorer(self, bench: Bench) -> Scorer | str:
+        """The bench's judge, loaded once; or why it is unavailable."""
+        with self._lock:
+            if bench.flag not in self._scorers:
+                try:
+                    if bench.flag == "preference":
+                        _check_cached()
+                    scorer = bench.scorer(bench.protocols[0], Judge(metrics=("pickscore",), ocr_workers=1))
+                    scorer.identity()
+                    self._scorers[bench.flag] = scorer
+                except RequestError as error:
+                    self._scorers[bench.flag] = f"unavailable: {error}"
+                except ImportError as error:
+                    self._scorers[bench.flag] = f"unavailable: the package {error.name} is not installed"
+            return self._scorers[bench.flag]
+
+
+def _check_cached() -> None:
+    """Raises ``Unavailable`` unless PickScore lies in the Hub's cache: 4 GB are not fetched because a page is open."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    from flowopd_eval.scorers.clip_model import Files
+    from flowopd_eval.scorers.preference import WEIGHTS, preference_metrics
+
+    for need in preference_metrics(WEIGHTS)["pickscore"].needs:
+        repo, _, revision = str(need.source).removeprefix("hub:").partition("@")
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+            complete = isinstance(need, Files) and all(any(folder.glob(name)) for name in need.least)
+        except LocalEntryNotFoundError:
+            complete = False
+        if not complete:
+            raise Unavailable(f"its weights are not on this machine. To provide them: {need.command}")
+
+
+def scores(seats: Sequence[Seat], picture: Image.Image) -> dict[str, Score]:
+    """What each judge that is there says of a picture, by flag. One that fails leaves it unscored, with the error."""
+    return {seat.flag: judge(seat.scorer, [picture], [seat.prompt])[0] for seat in seats if seat.scorer and seat.prompt}
+
+
+def best(by_arm: Mapping[str, Mapping[str, Score]]) -> dict[str, set[str]]:
+    """By judge, the arms with the highest score: none where fewer than two are scored or all are equal."""
+    found: dict[str, set[str]] = {}
+    for flag in TITLES:
+        values = {arm: s[flag].value for arm, s in by_arm.items() if flag in s and s[flag].value is not None}
+        if len(set(values.values())) > 1:
+            top = max(values.values())  # type: ignore[type-var]
+            found[flag] = {arm for arm, value in values.items() if value == top}
+    return found

@@ -1,0 +1,318 @@
+"""The page in a real Chromium, used as a person would."""
+
+import csv
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+SECOND = 1000
+WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture
+def page(server, browser, request):
+    """A fresh visitor's page; anything it asks of another host, or any error of its scripts, fails the test."""
+    settings = getattr(request, "param", {})
+    context = browser.new_context(viewport=WIDE, accept_downloads=True, **settings)
+    visited = context.new_page()
+    outward, errors = [], []
+    visited.on("request", lambda one: outward.append(one.url) if "127.0.0.1" not in one.url else None)
+    visited.on("pageerror", lambda one: errors.append(str(one)))
+    visited.set_default_timeout(60 * SECOND)
+    visited.goto(server)
+    visited.wait_for_selector("#draw")
+    yield visited
+    context.close()
+    assert [url for url in outward if not url.startswith(("data:", "blob:"))] == []
+    assert errors == []
+
+
+def choose(page, *names):
+    for name in ("base", "student", "geneval", "ocr"):
+        page.locator("#arms label", has_text=name).locator("input").set_checked(name in names)
+
+
+def few_steps(page, steps=2):
+    page.get_by_role("button", name="Settings").first.click()
+    page.get_by_label("Each model's own number of steps").uncheck()
+    page.get_by_label("number input for Steps for all").fill(str(steps))
+    page.get_by_label("number input for Steps for all").press("Tab")
+
+
+def drawn(page, count):
+    page.wait_for_function(f"document.querySelectorAll('#grid .frame img').length == {count}")
+    page.wait_for_selector("#save:visible")
+
+
+def pick(page, where, name):
+    page.locator(f"{where} input").click()
+    page.get_by_role("option", name=name, exact=True).click()
+
+
+def drawing():
+    return [thread for thread in threading.enumerate() if thread.name == "drawing"]
+
+
+def test_the_first_page_says_what_it_is_and_what_to_do(page):
+    assert "Toy model: the same code at 1/600 of the size" in page.inner_text("header")
+    assert "No pictures yet" in page.inner_text("#grid")
+    assert page.title().startswith("Flow-OPD")
+
+
+def test_pictures_come_one_by_one_with_scores_and_the_best_marked(page):
+    choose(page, "base", "ocr")
+    page.click("#draw")
+    page.wait_for_selector("#status progress")
+    page.wait_for_selector("#grid .frame.now")
+    page.wait_for_function("document.querySelectorAll('#grid .frame img').length == 1")
+    assert "Drawing" in page.inner_text("#grid")  # the second is still on its way
+    drawn(page, 2)
+    assert page.locator("#grid .arm h3").all_inner_texts() == ["base", "ocr"]
+    for card in page.locator("#grid .arm").all():
+        assert "GenEval" in card.inner_text()
+        assert "20 steps · guidance 4.5" in card.inner_text()
+    assert page.locator("#grid .badge").count() >= 1
+    assert "Not judged: Text, PickScore" in page.inner_text("#grid")
+
+
+def test_small_pictures_are_enlarged_by_whole_numbers(page):
+    choose(page, "base")
+    few_steps(page)
+    for viewport in (WIDE, PHONE):
+        page.set_viewport_size(viewport)
+        if viewport is WIDE:
+            page.click("#draw")
+            drawn(page, 1)
+        size = page.eval_on_selector("#grid .frame img", "e => [e.clientWidth, e.clientHeight]")
+        assert size[0] == size[1] > 64
+        assert size[0] % 64 == 0
+    assert page.eval_on_selector("#grid .frame img", "e => getComputedStyle(e).imageRendering") == "pixelated"
+
+
+def test_boxes_are_drawn_and_can_be_hidden(page):
+    choose(page, "base")
+    page.click("#draw")
+    drawn(page, 1)
+    boxes = page.locator("#grid .box")
+    assert boxes.count() == 2
+    assert boxes.first.is_visible()
+    frame, box = page.locator("#grid .frame").bounding_box(), boxes.first.bounding_box()
+    assert frame["x"] <= box["x"]
+    assert box["x"] + box["width"] <= frame["x"] + frame["width"] + 1
+    page.get_by_label("Show what the judge saw").uncheck()
+    assert not boxes.first.is_visible()
+
+
+def test_any_two_lie_under_the_slider(page):
+    choose(page, "base", "student", "ocr")
+    few_steps(page, 1)
+    page.click("#draw")
+    drawn(page, 3)
+    page.wait_for_function("document.querySelectorAll('#slider img').length == 2")
+    before = [image.get_attribute("src") for image in page.locator("#slider img").all()]
+    page.get_by_label("Right", exact=True).click()
+    page.get_by_role("option", name="ocr").click()
+    page.wait_for_function(
+        f"![...document.querySelectorAll('#slider img')].some(e => e.src == {json.dumps(before[1])})"
+    )
+    after = [image.get_attribute("src") for image in page.locator("#slider img").all()]
+    assert len(set(before + after)) == 3
+
+
+def test_a_comparison_is_saved_and_its_png_restores_every_setting(page, tmp_path, server):
+    page.locator("#prompt textarea").fill("a photo of a blue cross")
+    page.get_by_label("Seed", exact=True).fill("1234")
+    choose(page, "base", "geneval")
+    few_steps(page, 3)
+    page.click("#draw")
+    drawn(page, 2)
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    file = tmp_path / "saved.png"
+    download.value.save_as(file)
+    assert np.asarray(Image.open(file)).shape[2] == 3
+    page.goto(server)
+    page.get_by_role("button", name="Restore a saved comparison").click()
+    page.locator("#dropped input[type=file]").set_input_files(file)
+    page.wait_for_selector("#status .good")
+    assert page.locator("#prompt textarea").input_value() == "a photo of a blue cross"
+    assert page.get_by_label("Seed", exact=True).input_value() == "1234"
+    chosen = [label.inner_text().split(" ")[0] for label in page.locator("#arms label:has(input:checked)").all()]
+    assert chosen == ["base", "geneval"]
+    page.get_by_role("button", name="Settings").first.click()
+    assert not page.get_by_label("Each model's own number of steps").is_checked()
+    assert page.get_by_label("Each model's own guidance scale").is_checked()
+    assert page.get_by_label("number input for Steps for all").input_value() == "3"
+
+
+def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
+    page.locator("#prompt textarea").fill("kept")
+    page.get_by_role("button", name="Restore a saved comparison").click()
+    page.locator("#dropped input[type=file]").set_input_files(tmp_path / "foreign.png")
+    page.wait_for_selector("#status .bad")
+    assert "carries no settings" in page.inner_text("#status")
+    assert page.locator("#prompt textarea").input_value() == "kept"
+
+
+def test_an_empty_prompt_and_no_model_are_messages(page):
+    page.locator("#prompt textarea").fill("   ")
+    choose(page)
+    page.click("#draw")
+    page.wait_for_selector("#status .bad")
+    assert page.inner_text("#status").startswith("Prompt: write something. Arms: choose at least 1.")
+
+
+def test_hostile_prompts_are_shown_as_text(page):
+    hostile = '<img src=x onerror="document.title=1"><script>document.title=1</script>'
+    page.locator("#prompt textarea").fill(hostile)
+    choose(page, "base")
+    few_steps(page, 1)
+    page.click("#draw")
+    drawn(page, 1)
+    assert page.get_attribute("#grid .frame img", "alt") == f"base: {hostile}"
+    assert "The miniature never saw" in page.inner_text("#status")
+    assert page.title() != "1"
+
+
+def test_stop_ends_the_computation_and_keeps_what_was_drawn(page):
+    choose(page, "base", "student", "ocr")
+    few_steps(page, 60)
+    page.click("#draw")
+    page.wait_for_function("document.querySelectorAll('#grid .frame img').length == 1")
+    assert drawing()
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#status').innerText.includes('Stopped with')")
+    until = time.monotonic() + 10
+    while drawing() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not drawing()
+    assert "Stopped with 1 of 3" in page.inner_text("#status")
+    assert page.locator("#grid .frame img").count() == 1
+    assert page.locator("#save").is_visible()
+
+
+def test_leaving_the_page_ends_the_computation(page):
+    choose(page, "base", "student")
+    few_steps(page, 100)
+    page.click("#draw")
+    page.wait_for_selector("#status progress")
+    page.goto("about:blank")
+    until = time.monotonic() + 20
+    while drawing() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not drawing()
+
+
+def test_examples_of_every_task_fill_the_prompt(page):
+    seen = set()
+    for task in ("One object", "Counting", "Position", "Sign"):
+        for _ in range(2):
+            page.get_by_role("button", name=task, exact=True).click()
+            page.wait_for_timeout(150)
+            seen.add(page.locator("#prompt textarea").input_value())
+    assert len(seen) == 8
+    assert any('says "' in prompt for prompt in seen)
+
+
+def test_a_blind_vote_names_nobody_before_it_is_cast(page, tmp_path):
+    page.get_by_role("tab", name="Blind vote").click()
+    assert not page.locator("#vote-left").is_enabled()
+    page.get_by_label("Prompt (empty: one of the examples)").fill("a photo of a star")
+    page.click("#ask")
+    page.wait_for_function("document.querySelectorAll('#vote-pictures img').length == 2")
+    page.wait_for_function("!document.querySelector('#vote-left').disabled")
+    before = page.inner_html("#vote-pictures")
+    assert not [
+        name
+        for name in ("student", "geneval", "ocr")
+        if name in before.split("base64")[0] + page.inner_text("#vote-pictures")
+    ]
+    page.click("#vote-right")
+    page.wait_for_selector("#vote-pictures .badge")
+    left, right = page.locator("#vote-pictures h3").all_inner_texts()
+    assert left.startswith("Left: ")
+    assert "your choice" in right
+    assert not page.locator("#vote-left").is_enabled()
+    winner = right.removeprefix("Right: ").split()[0]
+    assert page.locator("#standings tbody tr th").first.inner_text() == winner
+    with page.expect_download() as download:
+        page.click("#votes-csv")
+    download.value.save_as(tmp_path / "votes.csv")
+    rows = list(csv.DictReader((tmp_path / "votes.csv").open()))
+    assert rows[-1]["right_model"] == winner
+    assert rows[-1]["choice"] == "right"
+
+
+def test_runs_are_shown_filtered_and_opened(page):
+    page.get_by_role("tab", name="Finished runs").click()
+    page.wait_for_selector("#gallery button img")
+    assert "painter:student" in page.inner_text("#run-tables thead")
+    assert "tell them apart" in page.inner_text("#run-tables")
+    assert page.locator("#run-tables .bar").count() == 6
+    assert page.inner_text("#count .count") == "40 pictures · page 1 of 2"
+    page.click("#on")
+    page.wait_for_function("document.querySelector('#count .count').innerText == '40 pictures · page 2 of 2'")
+    assert not page.locator("#on").is_enabled()
+    pick(page, "#filter-said", "wrong")
+    page.wait_for_function("!document.querySelector('#count .count').innerText.startsWith('40')")
+    wrong = int(page.inner_text("#count .count").split()[0])
+    page.get_by_label("Only where the models disagree").check()
+    page.wait_for_function(f"!document.querySelector('#count .count').innerText.startsWith('{wrong} ')")
+    assert int(page.inner_text("#count .count").split()[0]) < wrong
+    pick(page, "#filter-model", "painter:base")
+    page.wait_for_timeout(800)
+    page.locator("#gallery button:has(img)").first.click()
+    page.wait_for_selector("#detail img")
+    assert page.eval_on_selector("#detail img", "e => e.naturalWidth") == 16
+    detail = page.inner_text("#detail")
+    assert "painter:base · wrong" in detail
+    assert "generator.sampling.steps" in detail
+
+
+def test_the_keyboard_alone_draws(page):
+    page.locator("#prompt textarea").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a photo of a star")
+    choose(page, "base")
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "draw":
+            break
+    assert page.evaluate("document.activeElement.id") == "draw"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    page.keyboard.press("Enter")
+    drawn(page, 1)
+
+
+@pytest.mark.parametrize("page", [{"color_scheme": "dark"}, {"color_scheme": "light"}], indirect=True)
+def test_text_stands_out_from_its_ground_in_both_modes(page):
+    ratio = """selector => {
+      const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+        .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+      const e = document.querySelector(selector);
+      let ground = e;
+      while (getComputedStyle(ground).backgroundColor.match(/, 0\\)$/)) ground = ground.parentElement;
+      const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(ground).backgroundColor)];
+      return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }"""
+    for selector in (".head h1", ".head .lead", ".head .toy", "#grid .empty p", "#draw", "#stop", ".chip"):
+        assert page.evaluate(ratio, selector) >= 4.5, selector
+
+
+def test_nothing_is_wider_than_a_phone(page):
+    page.set_viewport_size(PHONE)
+    choose(page, "base", "ocr")
+    few_steps(page, 1)
+    page.click("#draw")
+    drawn(page, 2)
+    wider = """() => [...document.querySelectorAll('main *')].filter(e => { const r = e.getBoundingClientRect();
+      return r.width && r.right > 391 && !e.closest('.scroll'); }).map(e => e.id + '.' + e.className)"""
+    for tab in ("Compare", "Blind vote", "Finished runs"):
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(400)
+        assert page.evaluate(wider) == [], tab

@@ -1,0 +1,116 @@
+"""How the demo starts: from the command line, as a Space under any folder's name, and where the model cannot be had."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def started(tmp_path):
+    """Starts the folder as a Space has it, without a network; gives its address."""
+    running = []
+
+    def start(**variables):
+        folder = tmp_path / "any-name"
+        shutil.copytree(ROOT / "app", folder, ignore=shutil.ignore_patterns("__pycache__"))
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONUNBUFFERED": "1"}
+        environment |= {"GRADIO_TEMP_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), **variables}
+        process = subprocess.Popen(
+            [sys.executable, "space.py"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        running.append(process)
+        said = ""
+        for line in process.stdout:
+            said += line.decode()
+            if found := re.search(r"http://[\d.:]+", said):
+                return found[0] + "/", said
+        raise AssertionError(said)
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def test_without_the_gated_model_a_space_names_the_two_steps(started):
+    url, said = started(FLOW_OPD_MODEL="flow-opd", SPACE_ID="somebody/demo", HF_TOKEN="hf_abcdefghijklmnopqrstuvwxyz")
+    page = httpx.get(f"{url}config").text
+    assert "Accept the licence" in page
+    assert "HF_TOKEN" in page
+    assert "Powered by Stability AI" in page
+    for private in ("hf_abcdefghijklm", str(Path.home()) + os.sep, "Traceback"):
+        assert private not in page
+    assert "Traceback" not in said
+    assert httpx.get(url).status_code == 200
+
+
+def test_the_front_matter_is_a_spaces(tmp_path):
+    _, front, text = (ROOT / "app" / "README.md").read_text().split("---\n", 2)
+    matter = yaml.safe_load(front)
+    assert matter["sdk"] == "gradio"
+    assert (ROOT / "app" / matter["app_file"]).is_file()
+    assert re.fullmatch(r"6\.\d+\.\d+", matter["sdk_version"])
+    assert f"gradio=={matter['sdk_version']}\n" in (ROOT / "constraints.txt").read_text()
+    assert len(matter["short_description"]) <= 60
+    assert "Powered by Stability AI" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model", "huge"], "--model huge: the demo shows a family of models: flow-opd, tiny"),
+        (["--lora", "nothing"], "expected NAME=SOURCE"),
+        (["--lora", "mine=/does/not/exist"], "--lora mine=/does/not/exist"),
+        (["--runs", "/does/not/exist"], "there is no such folder"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, said, monkeypatch, capsys, tmp_path):
+    from app import __main__ as command
+
+    monkeypatch.setattr(sys, "argv", ["app", "--votes", str(tmp_path / "votes.sqlite"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        command.run()
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+
+
+def test_votes_on_a_space_are_said_to_be_temporary(session, tmp_path, monkeypatch):
+    from app import ui
+    from app.vote import Ballot
+
+    def words():
+        return str(ui.page(session, Ballot(tmp_path / "votes.sqlite"), None).get_config_file()["components"])
+
+    assert "votes are temporary" not in words()
+    monkeypatch.setenv("SPACE_ID", "somebody/demo")
+    assert "votes are temporary" in words()
+
+
+def test_one_model_and_no_runs_are_explained_not_empty(session, tmp_path, monkeypatch):
+    from app import ui
+    from app.vote import Ballot
+
+    monkeypatch.setattr(session, "arms", {"base": session.arms["base"]})
+    words = str(ui.page(session, Ballot(tmp_path / "votes.sqlite"), None).get_config_file()["components"])
+    assert "A vote takes two models" in words
+    assert "--lora NAME=FOLDER" in words
+    assert "No finished runs here" in words
+
+
+def test_nothing_is_reported_and_no_font_is_fetched():
+    from app import ui
+
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert ui.theme()._stylesheets == []
