@@ -70,9 +70,10 @@ def test_core_imports_only_lower_floors(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", SIBLINGS)
 def test_the_folders_beside_the_core_never_import_one_another(folder: str) -> None:
+    allowed = {folder} | ({"training"} if folder == "benchmarks" else set())  # what it measures
     for path in (ROOT / folder).rglob("*.py"):
         roots = {name.split(".")[0] for name in imports(path)}
-        assert not roots & (set(SIBLINGS) - {folder}), path
+        assert not roots & (set(SIBLINGS) - allowed), path
 
 
 def test_the_core_comes_without_heavy_libraries() -> None:
