@@ -1,45 +1,54 @@
-"""What judging costs: its share of a run's wall time, and what batching gives. ``python -m benchmarks.scoring``.
+"""What judging costs: ``python -m benchmarks.scoring [share] [detector] [ocr]``; without a part: all three.
 
-For each bench of the miniature three runs side by side: drawing alone, judging alone, and both as the harness overlaps
-them. The share that judging adds is (both - drawing) / both; without overlap it would be judging / (drawing + judging).
-For GenEval's network, on random weights of its architecture: pictures a second one by one and in batches. Ratios of one
-machine, written to ``benchmarks/results/scoring.json`` with its description.
+- ``share``: its share of a run's wall time. For each bench of the miniature drawing alone, judging alone, and both as
+  the harness overlaps them. The share that judging adds is (both - drawing) / both; without overlap it would be
+  judging / (drawing + judging). ``results/scoring.json``.
+- ``detector``: GenEval's detector and CLIP, random weights of the real size, as :class:`GenEvalScorer` runs them and
+  as the official script does: picture by picture, all hundred masks enlarged, crop by crop. Verdicts, boxes and colours
+  must be the same. ``results/scoring-detector-cpu.json`` or ``-cuda.json``.
+- ``ocr``: pictures a second by number of processes; all must read the same. ``results/scoring-ocr.json``.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from flowopd_eval import store
-from flowopd_eval.benches import find_bench
+import numpy as np
+from PIL import Image
+
+from benchmarks import measure
+from flowopd_eval.benches import OCR_SIDE, find_bench
+from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.harness import BenchRun, run_bench
 from flowopd_eval.models import Backbone, resolve
+from flowopd_eval.prompts import COCO_CLASSES, GENEVAL_COLOURS
+from flowopd_eval.records import Detection, Prompt, Score
 from flowopd_eval.rescore import rescore
+from flowopd_eval.scorers.clip_colours import ClipColours, cut_out
+from flowopd_eval.scorers.geneval import OFFICIAL, GenEvalScorer, colour_queries, keep, verdict, with_colours
+from flowopd_eval.scorers.mask2former import Mask2FormerDetector, MaskedDetection, build_network, prepare
+from flowopd_eval.scorers.ocr import OCRScorer
 from flowopd_eval.store import BenchFolder
 
-RESULTS = Path(__file__).parent / "results" / "scoring.json"
-PICTURES, BATCH = 96, 16
+BATCH = 16
+OBJECTS = ("dog", "bicycle")  # what the random detector is biased to see
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of ``work``."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def share(flag: str, out: Path) -> dict[str, float]:
+# --- share -----------------------------------------------------------------------------------------------------------
+def share(flag: str, out: Path, pictures: int) -> dict[str, float]:
     """Drawing, judging and both, in seconds, and the two shares."""
     spec = resolve("tiny:base")
     bench = find_bench(flag, spec.objects)
     generator = Backbone(spec.base, [spec], "cpu", None).generator(spec, spec.record)
     prompts = bench.prompts()
-    chosen = tuple(prompts[n * len(prompts) // PICTURES] for n in range(PICTURES))
+    chosen = tuple(prompts[n * len(prompts) // pictures] for n in range(pictures))
     whole = BenchRun(
         flag,
         bench.key,
@@ -51,10 +60,10 @@ def share(flag: str, out: Path) -> dict[str, float]:
         correct_at=bench.correct_at,
     )
     run_bench(replace(whole, prompts=chosen[:BATCH]), generator, out / "warm")
-    drawing = seconds(lambda: run_bench(replace(whole, scorer=None), generator, out / "drawn"))
+    drawing, _ = measure.timed(lambda: run_bench(replace(whole, scorer=None), generator, out / "drawn"))
     folder = BenchFolder.of(out / "drawn", spec.name, flag)
-    judging = seconds(lambda: rescore(folder, bench.scorer(bench.protocols[0]), batch_size=BATCH))
-    both = seconds(lambda: run_bench(whole, generator, out / "both"))
+    judging, _ = measure.timed(lambda: rescore(folder, bench.scorer(bench.protocols[0]), batch_size=BATCH))
+    both, _ = measure.timed(lambda: run_bench(whole, generator, out / "both"))
     return {
         "drawing_s": drawing,
         "judging_s": judging,
@@ -64,37 +73,255 @@ def share(flag: str, out: Path) -> dict[str, float]:
     }
 
 
-def network() -> dict[str, float]:
-    """GenEval's network on 512x512 pictures: pictures a second, one by one and four at a time."""
+def shares(smoke: bool) -> None:
+    """All benches of the miniature."""
+    pictures = 2 if smoke else 96
+    benches = {}
+    with TemporaryDirectory() as folder:
+        for flag in ("geneval",) if smoke else ("geneval", "ocr", "quality"):
+            benches[flag] = share(flag, Path(folder) / flag, pictures)
+    measure.show("What judging adds to a run", [{"bench": flag, **found} for flag, found in benches.items()])
+    measure.keep("scoring", {"pictures": pictures, "batch": BATCH, "benches": benches}, smoke)
+
+
+# --- detector --------------------------------------------------------------------------------------------------------
+def random_detector(folder: Path, device: str, batch: int, **clip: Any) -> Mask2FormerDetector:
+    """GenEval's detector and CLIP ViT-L/14 with random weights of the real size, sure of :data:`OBJECTS`.
+
+    ``clip`` are sizes of a narrower CLIP.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = build_network()
+    bias = network.class_predictor.bias.data
+    for name in OBJECTS:
+        bias[COCO_CLASSES.index(name)] += 8
+    weights = folder / "detector.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, weights)
+    colours = ClipColours(str(write_random_clip(folder / "clip", **clip)), device)
+    return Mask2FormerDetector(weights, colours, device, batch=batch)
+
+
+def write_random_clip(folder: Path, **sizes: Any) -> Path:
+    """CLIP ViT-L/14 with random weights (narrower by ``sizes``), and a tokenizer that spells."""
+    import json
+    import string
+
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+
+    folder.mkdir(parents=True)
+    pieces = [*string.ascii_lowercase, "-", *(f"{letter}</w>" for letter in [*string.ascii_lowercase, "-"])]
+    words = {piece: n for n, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    config = CLIPConfig(
+        text_config=CLIPTextConfig(vocab_size=len(words), eos_token_id=len(words) - 1, **{**text, **sizes}).to_dict(),
+        vision_config=CLIPVisionConfig(image_size=224, patch_size=14, **{**vision, **sizes}).to_dict(),
+        projection_dim=sizes.get("hidden_size", 768),
+    )
+    CLIPModel(config).save_pretrained(folder)
+    return folder
+
+
+def questions(count: int, height: int = 512) -> tuple[list[Image.Image], list[Prompt]]:
+    """Pictures of noise, 512 pixels wide, with GenEval's questions; every other one asks for a colour."""
+    pictures, prompts = [], []
+    for n in range(count):
+        rng = np.random.default_rng(n)
+        coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        pictures.append(coarse.resize((512, height), Image.Resampling.BICUBIC))
+        clause: dict[str, Any] = {"class": OBJECTS[n % 2], "count": 1}
+        if n % 2 == 0:
+            clause["color"] = GENEVAL_COLOURS[n % len(GENEVAL_COLOURS)]
+        prompts.append(Prompt(str(n), "", "colors" if n % 2 == 0 else "single_object", {"include": [clause]}))
+    return pictures, prompts
+
+
+class OneByOne:
+    """GenEval's script as it runs: ``evaluate_images.py`` of djghosh13/geneval, on the same networks.
+
+    One picture at a time through the detector; all of mmdet's hundred masks enlarged, whatever their score; each crop
+    alone through CLIP, the sentences of a class once.
+    """
+
+    def __init__(self, detector: Mask2FormerDetector) -> None:
+        self.detector = detector
+
+    def score(self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
+        """Verdicts, in order."""
+        return [self._score(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+
+    def _score(self, picture: Image.Image, prompt: Prompt) -> Score:
+        objects = keep(self._detect(picture), prompt.task, OFFICIAL)
+        asked = colour_queries(prompt.fields, objects)
+        return verdict(prompt.fields, with_colours(objects, {d: self._colour(picture, d) for d in asked}), OFFICIAL)
+
+    def _detect(self, picture: Image.Image) -> list[Detection]:
+        import torch
+        from torch.nn.functional import interpolate
+
+        prepared = prepare(picture)
+        with torch.inference_mode():
+            out = self.detector.network(pixel_values=torch.from_numpy(prepared.pixels)[None].to(self.detector.device))
+            scores = out.class_queries_logits[0].float().softmax(-1)[:, :-1]
+            best = scores.flatten().topk(min(100, scores.numel()))
+            queries, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
+            sized = {"mode": "bilinear", "align_corners": False}
+            masks = interpolate(out.masks_queries_logits[:, queries].float(), prepared.pixels.shape[1:], **sized)
+            height, width = prepared.inner
+            masks = interpolate(masks[..., :height, :width], prepared.original, **sized)[0]
+            inside = (masks > 0).float()
+            sure = (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
+        found = []
+        for label, mask, score in zip(labels.tolist(), inside.bool().cpu().numpy(), (best.values * sure).tolist()):
+            rows, columns = np.nonzero(mask)
+            box = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1) if len(rows) else (0, 0, 0, 0)
+            found.append(MaskedDetection(COCO_CLASSES[label], tuple(map(float, box)), score, mask=mask))  # type: ignore[arg-type]
+        return found
+
+    def _colour(self, picture: Image.Image, detection: Detection) -> str:
+        colours: ClipColours = self.detector.colours  # type: ignore[assignment]
+        vector = colours.clip.image_features([cut_out(picture, detection)])[0]  # type: ignore[arg-type]
+        return GENEVAL_COLOURS[int((colours.directions(detection.label) @ vector).argmax())]
+
+
+def same_verdicts(found: Sequence[Score], expected: Sequence[Score]) -> int:
+    """How many objects were judged alike, all of them.
+
+    Raises:
+        WorkError: another verdict, reason, number of objects or colour; a box a pixel off, a confidence by 1e-3.
+    """
+    objects = 0
+    for n, (a, b) in enumerate(zip(found, expected, strict=True)):
+        said = [(s.value, s.reason, s.detail.get("colours"), sorted(s.detail.get("boxes", {}))) for s in (a, b)]
+        if said[0] != said[1] or a.value is None:
+            raise WorkError(f"Picture {n} is judged {a.value} ({a.reason or a.error}) and {b.value} ({b.reason}).")
+        for label, boxes in a.detail["boxes"].items():
+            numbers = [np.asarray(side).reshape(-1, 5) for side in (boxes, b.detail["boxes"][label])]
+            measure.same(f"Boxes of {label} in picture {n}", numbers[0][:, :4], numbers[1][:, :4], 1.0)
+            measure.same(f"Confidences of {label} in picture {n}", numbers[0][:, 4], numbers[1][:, 4], 1e-3)
+            objects += len(boxes)
+    return objects
+
+
+def detection(
+    detector: Mask2FormerDetector, pictures: Sequence[Image.Image], prompts: Sequence[Prompt], repetitions: int
+) -> dict[str, Any]:
+    """Ours, by its batch and one by one, against the official loop."""
+    official, ours = OneByOne(detector), GenEvalScorer(detector)
+
+    def at(batch: int) -> list[Score]:
+        detector.batch = batch
+        return ours.score(pictures, prompts)
+
+    variants: dict[str, Callable[[], list[Score]]] = {
+        "official, one by one": lambda: official.score(pictures, prompts),
+        "ours, one by one": partial(at, 1),
+        f"ours, {detector.batch} at a time": partial(at, detector.batch),
+    }
+    expected = official.score(pictures, prompts)
+    objects = {name: same_verdicts(work(), expected) for name, work in variants.items() if name.startswith("ours")}
+    timings = measure.take_turns(variants, repetitions, warm_up=0)  # the comparison was the warm-up
+    slow = "official, one by one"
+    measure.show("GenEval's judge", measure.rows_of(timings, len(pictures), "pictures", slow))
+    return {
+        "pictures": len(pictures), "objects": objects,
+        "variants": {name: timing.to_json(len(pictures), "pictures") for name, timing in timings.items()},
+        "times_official": {name: measure.ratio(timings[slow], timing) for name, timing in timings.items()},
+    }  # fmt: skip
+
+
+def detector_part(repetitions: int, pictures: int | None, smoke: bool) -> None:
+    """On the GPU where there is one."""
     import torch
 
-    from flowopd_eval.scorers.mask2former import build_network
+    from benchmarks.hardware import profile, show_profile
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build_network().eval().to(device)
-    rates = {}
-    for batch in (1, 4):
-        pixels = torch.randn(batch, 3, 800, 800, device=device)
-        with torch.inference_mode():
-            model(pixel_values=pixels)
-            rates[f"pictures_per_second_batch_{batch}"] = (
-                2
-                * batch
-                / seconds(
-                    lambda pixels=pixels: [model(pixel_values=pixels).masks_queries_logits.cpu() for _ in range(2)]
-                )
-            )
-    return rates
-
-
-def main() -> None:
-    results = {"pictures": PICTURES, "batch": BATCH, **store.provenance(), "benches": {}, "network": network()}
+    torch.backends.cudnn.allow_tf32 = False  # on all sides: verdicts are compared
+    count = pictures or (64 if device == "cuda" else 4)
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     with TemporaryDirectory() as folder:
-        for flag in ("geneval", "ocr", "quality"):
-            results["benches"][flag] = share(flag, Path(folder) / flag)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
+        detector = random_detector(Path(folder), device, 8 if device == "cuda" else 4, **(narrow if smoke else {}))
+        images, prompts = questions(2, height=16) if smoke else questions(count)
+        results = detection(detector, images, prompts, repetitions)
+        where, busy = profile(lambda: GenEvalScorer(detector).score(images[:4], prompts[:4]), most=10)
+    show_profile("Where the time goes", where)
+    measure.keep(f"scoring-detector-{device}", {**results, "profile": where, "device_busy": busy}, smoke)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+def signs(count: int) -> tuple[list[Image.Image], list[Prompt]]:
+    """Signs of the miniature's world, drawn by rule, enlarged to 512²."""
+    from flowopd_eval.tiny.scenes import draw_scene, sample_scene
+
+    scenes = [sample_scene(np.random.default_rng(n), "ocr") for n in range(count)]
+    pictures = [Image.fromarray(draw_scene(scene)).resize((512, 512), Image.Resampling.BICUBIC) for scene in scenes]
+    return pictures, [Prompt(str(n), scene.caption, "ocr") for n, scene in enumerate(scenes)]
+
+
+def reading(
+    scorers: Mapping[int, OCRScorer], pictures: Sequence[Image.Image], prompts: Sequence[Prompt], repetitions: int
+) -> dict[str, Any]:
+    """Pictures a second by number of processes; what they read must be the same."""
+    work = {f"{workers} processes": partial(s.score, pictures, prompts) for workers, s in scorers.items()}
+    texts = {name: [score.detail.get("recognised") for score in run()] for name, run in work.items()}
+    first, *others = texts
+    for name in others:
+        if texts[name] != texts[first]:
+            raise WorkError(f"With {name} other texts are read than with {first}.")
+    timings = measure.take_turns(work, repetitions, warm_up=0)
+    measure.show("Reading", measure.rows_of(timings, len(pictures), "pictures", first))
+    return {
+        "pictures": len(pictures), "texts_read": sum(bool(text) for text in texts[first]),
+        "variants": {name: timing.to_json(len(pictures), "pictures") for name, timing in timings.items()},
+        "times_one_process": {name: measure.ratio(timings[first], timing) for name, timing in timings.items()},
+    }  # fmt: skip
+
+
+def ocr_part(repetitions: int, pictures: int | None, smoke: bool) -> None:
+    """With one process, two, four … up to the machine's processors."""
+    from flowopd_eval.scorers.ocr_engines import RapidOCREngine
+
+    images, prompts = signs(2 if smoke else pictures or 64)
+    counts = [n for n in (1, 2, 4, 8, 16) if n <= max(2, os.cpu_count() or 1)][: 2 if smoke else None]
+    scorers = {n: OCRScorer(RapidOCREngine(OCR_SIDE), n) for n in counts}
+    try:
+        results = reading(scorers, images, prompts, repetitions)
+    finally:
+        for scorer in scorers.values():
+            scorer.close()
+    measure.keep("scoring-ocr", results, smoke)
+
+
+PARTS = ("share", "detector", "ocr")
+
+
+def main() -> int:
+    options = measure.parser("benchmarks.scoring", str(__doc__), repetitions=3)
+    options.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    options.add_argument("--pictures", type=int, help="of detector and ocr")
+    asked = options.parse_args()
+    if unknown := set(asked.parts) - set(PARTS):
+        options.error(f"no part {', '.join(sorted(unknown))}; there are: {', '.join(PARTS)}")
+    try:
+        for part in asked.parts or PARTS:
+            if part == "share":
+                shares(asked.smoke)
+            elif part == "detector":
+                detector_part(asked.repetitions, asked.pictures, asked.smoke)
+            else:
+                ocr_part(asked.repetitions, asked.pictures, asked.smoke)
+    except (RequestError, WorkError) as error:
+        print(f"benchmarks.scoring: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
