@@ -46,6 +46,16 @@ def labelled(images: torch.Tensor, labels: Sequence[str]) -> torch.Tensor:
     return torch.cat([strips, images[..., :3]], dim=1)
 
 
+def card(text: str, like: torch.Tensor) -> torch.Tensor:
+    """Paper with wrapped ``text`` in the place of the pictures ``like`` (B, H, W, 3): as many, of the same size."""
+    from PIL import Image
+
+    count, height, width, _ = like.shape
+    picture = Image.new("RGB", (width, height), PAPER)
+    picture.paste(_strips([text], width, max(10, width // 32))[0])
+    return to_images([picture] * count).to(like)
+
+
 def grid(images: torch.Tensor, columns: int) -> torch.Tensor:
     """A batch (B, H, W, 3) as one picture (1, rows * H, columns * W, 3), row by row; empty cells are paper."""
     count, height, width, channels = images.shape

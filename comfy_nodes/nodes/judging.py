@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import comfy.model_management
 from comfy_api.latest import io
@@ -34,7 +36,23 @@ def ready_judge(bench: str, prompt: str, clauses: str) -> Judge:
     return open_judge(bench, prompt, clauses, str(device))
 
 
-def give_back() -> None:
-    """After the last reference to a judge is gone: its memory is ComfyUI's again."""
+@contextmanager
+def memory_given_back() -> Iterator[None]:
+    """When the work inside is done, or failed, what a judge held is ComfyUI's again.
+
+    After an interruption ComfyUI's own collection between two prompts does it: a collection can take longer than the
+    user should wait.
+    """
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException:
+        raise
+    except Exception:
+        _collect()
+        raise
+    _collect()
+
+
+def _collect() -> None:
     gc.collect()
     comfy.model_management.soft_empty_cache()

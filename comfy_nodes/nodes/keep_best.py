@@ -12,7 +12,7 @@ from ..logic.best import Best, keep_best
 from ..logic.judges import Verdict
 from ..logic.pictures import annotated, to_pictures
 from .common import CATEGORY
-from .judging import give_back, judging_inputs, ready_judge
+from .judging import judging_inputs, memory_given_back, ready_judge
 from .sampling import Progress, Sampling, sampling_inputs
 
 
@@ -50,10 +50,8 @@ class FlowOPDKeepBest(io.ComfyNode):
         cls, model: Any, prompt: str, bench: str, clauses: str, n: int, pass_at: float, seed: int, **settings: Any
     ) -> io.NodeOutput:
         sampling = Sampling(**settings)
-        try:
+        with memory_given_back():
             best = _draw_and_judge(sampling, model, (bench, prompt, clauses), n, pass_at, seed)
-        finally:
-            give_back()
         image = best.picture[None]
         value = float(best.verdict.value or 0.0)
         how = "passed" if best.passed else f"none of {best.drawn} passed; the best"

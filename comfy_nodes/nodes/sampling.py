@@ -15,7 +15,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..logic.errors import check_choice
+from ..logic.errors import PackError, check_choice
 
 
 def sampling_inputs() -> list[io.Input]:
@@ -71,11 +71,15 @@ class Sampling:
         return clone
 
     def draw(self, model: Any, seed: int, on_step: Callable[..., None]) -> torch.Tensor:
-        """Latents (B, C, h, w); the noise is that of the seed, drawn on the CPU, whatever the model."""
+        """Latents (B, C, h, w); the noise is that of the seed, drawn on the CPU, whatever the model.
+
+        Raises:
+            PackError: NaN or infinity.
+        """
         comfy.model_management.throw_exception_if_processing_interrupted()
         samples = comfy.sample.fix_empty_latent_channels(model, self.latent_image["samples"])
         noise = comfy.sample.prepare_noise(samples, seed, self.latent_image.get("batch_index"))
-        return comfy.sample.sample(
+        latents = comfy.sample.sample(
             model,
             noise,
             self.steps,
@@ -91,6 +95,9 @@ class Sampling:
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
+        if not latents.isfinite().all():  # ComfyUI would decode it to black and say nothing
+            raise PackError(f"The model drew NaN or infinity with seed {seed}; try another dtype or strength.")
+        return latents
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures (B, H, W, 3) in 0..1."""

@@ -11,7 +11,7 @@ from ..logic.errors import PackError
 from ..logic.judges import Verdict
 from ..logic.pictures import annotated, to_pictures
 from .common import CATEGORY
-from .judging import give_back, judging_inputs, ready_judge
+from .judging import judging_inputs, memory_given_back, ready_judge
 
 
 class FlowOPDScore(io.ComfyNode):
@@ -38,10 +38,8 @@ class FlowOPDScore(io.ComfyNode):
 
     @classmethod
     def execute(cls, images: torch.Tensor, prompt: str, bench: str, clauses: str) -> io.NodeOutput:
-        try:
+        with memory_given_back():
             verdicts = _judge_all(images, bench, prompt, clauses)
-        finally:
-            give_back()
         values = [verdict.value for verdict in verdicts if verdict.value is not None]
         if not values:
             raise PackError(f"No picture could be judged; the last: {verdicts[-1].text}")
