@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .clauses import read_clauses
 from .errors import PackError, check_choice
 
 if TYPE_CHECKING:
@@ -89,9 +88,9 @@ def _open(bench: str, prompt: str, clauses: str, device: str) -> tuple[Any, Any]
 
     if bench == "shapes_geneval":
         from flowopd_eval.tiny.detector import ShapesDetector
-        from flowopd_eval.tiny.scenes import COLOURS, SHAPES
+        from flowopd_eval.tiny.scenes import COLOURS, PLACES, SHAPES
 
-        record = Prompt("comfy", prompt, *_record(prompt, clauses, tuple(SHAPES), tuple(COLOURS)))
+        record = Prompt("comfy", prompt, *_record(prompt, clauses, tuple(SHAPES), tuple(COLOURS), tuple(PLACES)))
         check_record(record)
         return GenEvalScorer(ShapesDetector()), record
     from flowopd_eval.prompts import COCO_CLASSES, GENEVAL_COLOURS
@@ -104,7 +103,9 @@ def _open(bench: str, prompt: str, clauses: str, device: str) -> tuple[Any, Any]
     return GenEvalScorer(Mask2FormerDetector(official_weights(), ClipColours(device=device), device)), record
 
 
-def _record(prompt: str, clauses: str, classes: Sequence[str], colours: Sequence[str]) -> tuple[str, dict[str, Any]]:
+def _record(
+    prompt: str, clauses: str, classes: Sequence[str], colours: Sequence[str], places: Sequence[str] = ()
+) -> tuple[str, dict[str, Any]]:
     if clauses.strip():
         try:
             fields = json.loads(clauses)
@@ -114,7 +115,9 @@ def _record(prompt: str, clauses: str, classes: Sequence[str], colours: Sequence
             raise PackError('The clauses should be an object: {"include": [{"class": "dog", "count": 2}]}.')
         counting = any(isinstance(c, dict) and c.get("count", 1) != 1 for c in fields.get("include", ()))
         return str(fields.pop("task", "counting" if counting else "clauses")), fields
-    read = read_clauses(prompt, classes, colours)
+    from flowopd_eval.scorers.clauses import read_clauses
+
+    read = read_clauses(prompt, classes, colours, places)
     if read is None:
         raise PackError(
             f"GenEval cannot judge {prompt!r}: it is not of the form `a photo of two dogs`, `a photo of a red car and "

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from comfy_nodes.logic.best import keep_best
-from comfy_nodes.logic.clauses import read_clauses
 from comfy_nodes.logic.errors import PackError
 from comfy_nodes.logic.judges import OCR_SIDE, Verdict, open_judge
 from comfy_nodes.logic.pictures import annotated, grid, labelled, to_images, to_pictures
 from flowopd_eval import benches
 from flowopd_eval.prompts import COCO_CLASSES, GENEVAL_COLOURS, official_geneval
+from flowopd_eval.scorers.clauses import read_clauses
 from flowopd_eval.tiny.scenes import draw_scene, sample_scene
 
 
