@@ -85,7 +85,9 @@ class RunsTab:
         opened = [self.tables, self.csv, self.key, self.model, self.task]
         first = gr.on([self.name.input], self.open, self.name, opened, **quiet)
         first.then(self.wall, [self.name, *filters, gr.State(0)], wall, **quiet)
-        gr.on([one.input for one in filters], self.wall, [self.name, *filters, gr.State(0)], wall, **quiet)
+        # A filter that is changed while another is at work must not be lost.
+        asked = [self.name, *filters, gr.State(0)]
+        gr.on([one.input for one in filters], self.wall, asked, wall, trigger_mode="always_last", **quiet)
         for button, by in ((self.back, -1), (self.on, 1)):
             button.click(
                 partial(self.turned, by),
