@@ -1,5 +1,6 @@
 """For all tests: no deadlines, as no test is timed; and the command line as a user gives it."""
 
+import signal
 import sys
 
 import pytest
@@ -9,6 +10,9 @@ from flowopd_eval import cli
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+# Begun in a shell's background, the tests would ignore Ctrl-C, and so would the processes that they interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
