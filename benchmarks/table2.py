@@ -7,7 +7,7 @@ are processors, one thread each. Stop it whenever you like: what is finished is 
 checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr`` and ``tiny:quality``, made by DiffusionNFT
 where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix is NFT-Mix
 here. All of them, and the students, are trained and drawn without guidance; the base also with its own. Every student
-sees :data:`SAMPLES` pictures of its own. The adapters lie under ``runs/table2/train/ARM/adapter``.
+sees :data:`SAMPLES` pictures of its own; NFT-Mix and Flow-OPD (merge) also once :data:`BUDGET`, as many as a teacher. The adapters lie under ``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RESULTS = Path("benchmarks/results/table2.json")
 BENCHES = {"geneval": "shapes_geneval", "ocr": "sign_ocr", "quality": "shapes_quality"}
 SHOWN = 12  # prompts on the page of pictures
 SAMPLES = 1920  # of each student: 60 updates of Flow-OPD
-BUDGET = 10_240  # of a teacher, and of NFT-Mix once as much
+BUDGET = 10_240  # of a teacher; NFT-Mix and Flow-OPD once have as much
 CURVE = ("--limit", "8", "--samples", "1")
 WITHOUT_GUIDANCE = ("--guidance", "1")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -72,8 +72,8 @@ def _mix(recipe: str, name: str, title: str, *changes: str, samples: int = SAMPL
     return Arm(name, title, recipe, (f"steps={steps}", f"snapshot_every={steps // 3}", *changes))
 
 
-def _opd(name: str, title: str, start: str, *changes: str) -> Arm:
-    steps = SAMPLES // 32
+def _opd(name: str, title: str, start: str, *changes: str, samples: int = SAMPLES) -> Arm:
+    steps = samples // 32
     source = str(RUNS / "train" / "sft" / "adapter") if start == "sft" else start
     kept = (f"start={source}", f"steps={steps}", f"snapshot_every={steps // 3}")
     return Arm(name, title, "tiny_opd", (*setting("opd"), *kept, *changes), "sft" if start == "sft" else None)
@@ -84,9 +84,10 @@ ARMS = (
     Arm("geneval", "NFT-GenEval (teacher)"),
     Arm("ocr", "NFT-OCR (teacher)"),
     Arm("quality", "NFT-Quality (teacher, anchor)"),
+    _mix("tiny_nft_mix", "mix-long", f"NFT-Mix (all rewards), {BUDGET:,} samples", samples=BUDGET),
+    _opd("opd-merge-long", f"Flow-OPD (merge), {BUDGET:,} samples", "merge", samples=BUDGET),
     _mix("tiny_nft_mix_two", "mix-two", "NFT-Mix (GenEval + OCR)"),
     _mix("tiny_nft_mix", "mix", "NFT-Mix (all rewards)"),
-    _mix("tiny_nft_mix", "mix-long", f"NFT-Mix (all rewards), {BUDGET:,} samples", samples=BUDGET),
     Arm("merge", "Merge of the teachers"),
     Arm("sft", "SFT on the teachers' pictures", "tiny_sft"),
     _opd("opd-none", "Flow-OPD (no cold start)", "none"),
@@ -227,7 +228,9 @@ HOPES = (
     *((f"The {f} teacher is 20 points over the base", f, "base", (f,), 0.20) for f in BENCHES),
     *((f"NFT-Mix on all rewards loses to the {f} teacher at its samples", f, "mix-long", (f,), 0.0) for f in BENCHES),
     *((f"Flow-OPD (merge) is within 3 points of the {f} teacher", "opd-merge", f, (f,), -0.03) for f in BENCHES),
+    *((f"the same of {f}, with {BUDGET:,} samples", "opd-merge-long", f, (f,), -0.03) for f in BENCHES),
     ("Flow-OPD (merge) is 5 points over NFT-Mix at equal samples", "opd-merge", "mix", tuple(BENCHES), 0.05),
+    (f"the same with {BUDGET:,} samples", "opd-merge-long", "mix-long", tuple(BENCHES), 0.05),
     ("the same with seed 1", "opd-merge-seed1", "mix-seed1", tuple(BENCHES), 0.05),
     ("the same with seed 2", "opd-merge-seed2", "mix-seed2", tuple(BENCHES), 0.05),
     *(
