@@ -7,7 +7,8 @@ are processors, one thread each. Stop it whenever you like: what is finished is 
 checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr`` and ``tiny:quality``, made by DiffusionNFT
 where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix is NFT-Mix
 here. All of them, and the students, are trained and drawn without guidance; the base also with its own. Every student
-sees :data:`SAMPLES` pictures of its own; NFT-Mix and Flow-OPD (merge) also once :data:`BUDGET`, as many as a teacher. The adapters lie under ``runs/table2/train/ARM/adapter``.
+sees :data:`SAMPLES` pictures of its own; NFT-Mix and Flow-OPD (merge) also once :data:`BUDGET`, as many as a teacher.
+The adapters lie under ``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 def noise_like(x: Tensor, sources: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise in the shape of ``x`` (B, C, H, W), row i from ``sources[i]``, on x's device in fp32."""
-    return torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources]).to(x.device)
+    noise = torch.stack([torch.randn(x.shape[1:], generator=source) for source in sources])
+    # from pinned memory the host need not wait until the device has done all that it was given
+    return noise.pin_memory().to(x.device, non_blocking=True) if x.is_cuda else noise.to(x.device)
 
 
 def forward_noise(

@@ -32,6 +32,7 @@ class _Choice:
 
     trainable: int | None = None
     index: torch.Tensor | None = None
+    frozen: bool = False  # the rows' places are among the frozen alone, the base after them
 
 
 class _Selection:
@@ -93,6 +94,11 @@ class _Slot(nn.Module):
             return Factors(self.trainable_A[position], self.trainable_B[position] * self.scales[position])
         return Factors(self.frozen_A[position - len(self.scales)], self.frozen_B[position - len(self.scales)])
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> _Slot:
+        # To the layer's device, but never to its precision: layerwise casting stores the layer in fp8 between forwards,
+        # and factors sent there would come back with three bits.
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)
+
     def _stacks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n + 1, r, in) and B (n + 1, out, r) of all adapters in the order of the bank's names, the base last."""
         if not self.scales:
@@ -121,7 +127,8 @@ class _Slot(nn.Module):
             a, b = (stack.index_select(0, index).squeeze(0).to(x) for stack in (self.frozen_A, self.frozen_B))
             return F.linear(F.linear(x, a), b)
         index = _tiled(index, x.shape[0])
-        a, b = (stack.index_select(0, index).to(x) for stack in self._stacks())
+        stacks = (self.frozen_A, self.frozen_B) if choice.frozen else self._stacks()
+        a, b = (stack.index_select(0, index).to(x) for stack in stacks)
         rows = x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)  # (rows, tokens, in)
         low = torch.bmm(rows, a.transpose(1, 2))  # (rows, tokens, r)
         return torch.bmm(low, b.transpose(1, 2)).reshape(*x.shape[:-1], b.shape[1])
@@ -179,9 +186,9 @@ class AdapterBank(nn.Module):
     adapters along. ``bank.parameters()`` are the trainable factors. Gradient checkpointing recomputes with the choice
     of the first computation, wherever ``backward`` is called. Under ``torch.compile`` another index of the same shape
     does not recompile. There is one graph for the base, one for a frozen adapter by name, one for each trainable
-    adapter by name and one for mixed rows, each with and without gradients; where blocks are compiled one by one, also
-    one for each kind of block (SD3.5-Medium has three), so that ``torch._dynamo.config.recompile_limit`` (8) may have
-    to grow.
+    adapter by name, one for mixed rows of frozen adapters and one for those with a trainable one, each with and without
+    gradients; where blocks are compiled one by one, also one for each kind of block (SD3.5-Medium has three), so that
+    ``torch._dynamo.config.recompile_limit`` (8) may have to grow.
 
     Args:
         transformer: any module with :class:`torch.nn.Linear` layers.
@@ -192,7 +199,8 @@ class AdapterBank(nn.Module):
 
     Raises:
         RequestError: no adapter, one that does not fit (:func:`~flowopd_eval.adapters.check_adapter`), a trainable name
-            that is none of them, a layer that is a subclass of Linear, or a transformer that has a bank already.
+            that is none of them, a layer that is a subclass of Linear or whose forward a hook has replaced, or a
+            transformer that has a bank already.
     """
 
     transformer: nn.Module
@@ -213,7 +221,7 @@ class AdapterBank(nn.Module):
         self._selection = _Selection()
         self._trainable = len(trainable)
         self._ranks = {name: {m: f.rank for m, f in adapters[name].factors.items()} for name in self.names}
-        self._positions: dict[tuple[int, torch.device], torch.Tensor] = {}
+        self._positions: dict[tuple[int | tuple[int, ...], torch.device], torch.Tensor] = {}
         self._originals: list[torch.Tensor] = []
         # diffusers marks modules that can checkpoint with this attribute, and sets their function at any later time.
         self._checkpointing: list[Any] = [m for m in transformer.modules() if hasattr(m, "gradient_checkpointing")]
@@ -243,6 +251,13 @@ class AdapterBank(nn.Module):
             raise RequestError(
                 f"{len(names)} layers are no plain Linear: {listing(names)}. They carry another bank (`detach()` it), "
                 "PEFT layers, or are quantised."
+            )
+        hooked = ["forward" in linear.__dict__ for linear in self._linears]
+        if any(hooked):
+            names = [name for name, found in zip(self.modules_covered, hooked, strict=True) if found]
+            raise RequestError(
+                f"{len(names)} layers have a forward that a hook replaced (layerwise casting, sequential offloading), "
+                f"past which no adapter is seen: {listing(names)}. Load the adapters first, then enable that."
             )
         for linear, slot in zip(self._linears, self.slots, strict=True):
             # Into __dict__, so that the slot is no submodule and the state dict stays stock.
@@ -288,7 +303,11 @@ class AdapterBank(nn.Module):
         if fused is not None:
             return self._holding(_Choice())
         if len(set(positions)) > 1:
-            return self.select(self.index(rows))
+            if any(0 <= position < self._trainable for position in positions):
+                return self.select(self.index(rows))
+            last = len(self.names) - self._trainable  # where the frozen stack has the base
+            places = [last if position < 0 else position - self._trainable for position in positions]
+            return self._holding(_Choice(index=self._places(tuple(places)), frozen=True))
         return self._holding(self._uniform(positions[0]))
 
     def select(self, index: torch.Tensor) -> Any:
@@ -327,10 +346,12 @@ class AdapterBank(nn.Module):
         """Add an adapter to the base's weights: no cost a forward, and no other choice until :meth:`unfuse`.
 
         Raises:
-            RequestError: an unknown name, or an adapter is fused already.
+            RequestError: an unknown name, an adapter is fused already, or weights stored in fp8 have no room for one.
         """
         self._refuse_fused(f"fusing {name!r}")
         position = self._position(name)
+        if any(linear.weight.dtype.itemsize == 1 for linear in self._linears):
+            raise RequestError(f"Fusing {name!r} into weights stored in fp8 would round it away: fuse, then store.")
         self._originals = [linear.weight.detach().to("cpu", copy=True) for linear in self._linears]
         for linear, slot in zip(self._linears, self.slots, strict=True):
             a, b = slot.factors(position)  # type: ignore[operator]
@@ -366,10 +387,16 @@ class AdapterBank(nn.Module):
             return _Choice()
         if position < self._trainable:
             return _Choice(trainable=position)
-        key = (position - self._trainable, self._device)
+        return _Choice(index=self._places(position - self._trainable))
+
+    def _places(self, places: int | tuple[int, ...]) -> torch.Tensor:
+        """Places among the frozen, on the bank's device; kept, since to send them the host waits for the device."""
+        key = (places, self._device)
         if key not in self._positions:
-            self._positions[key] = torch.tensor(key[0], device=self._device)
-        return _Choice(index=self._positions[key])
+            if len(self._positions) > 64:
+                self._positions.clear()
+            self._positions[key] = torch.tensor(places, device=self._device)
+        return self._positions[key]
 
     @contextmanager
     def _holding(self, choice: _Choice) -> Iterator[None]:

@@ -243,6 +243,35 @@ def test_bf16_backbone_keeps_fp32_masters(transformer, adapters, expected, veloc
         assert (out - target).norm() / target.norm() < 0.03
 
 
+def test_fp8_storage_leaves_the_adapters_alone(transformer, base, adapters, velocity):
+    bank = AdapterBank(transformer, adapters, {"a": 2.0})
+    before = [t.clone() for t in [*bank.parameters(), *bank.buffers()]]
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with bank.use(["a", "b", "c", None]):
+        found = velocity(transformer, 4)
+    assert all(torch.equal(x, y) for x, y in zip(before, [*bank.parameters(), *bank.buffers()], strict=True))
+    with pytest.raises(RequestError, match="'a' into weights stored in fp8"):
+        bank.fuse("a")
+
+    # The same adapters over weights that were rounded once and are computed with in fp32.
+    rounded = copy.deepcopy(base)
+    stored = {name for name, p in transformer.named_parameters() if p.dtype == torch.float8_e4m3fn}
+    assert any("attn.to_q" in name for name in stored)
+    for name, parameter in rounded.named_parameters():
+        if name in stored:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
+    with AdapterBank(rounded, adapters).use(["a", "b", "c", None]):
+        expected = velocity(rounded, 4)
+    assert close(found, expected)
+    assert not close(expected, velocity(base, 4), 0.01)
+
+
+def test_layers_under_a_hook_are_refused(transformer, adapters):
+    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    with pytest.raises(RequestError, match=r"layers have a forward that a hook replaced.*Load the adapters first"):
+        AdapterBank(transformer, adapters)
+
+
 # --- adapters out of a bank, and into it
 
 
