@@ -19,9 +19,9 @@ The rule, written before any candidate was trained:
    two snapshots, the teacher is chosen in the same way. (This is what had been done with ``geneval``, written down
    before it was done with the others.)
 
-4. *The student that ships* as ``tiny:student`` is Flow-OPD (merge) of ``benchmarks.table2`` at seed 0, with 1,920 samples
-   or with 10,240: the one with the higher mean of the three benches on their development prompts; within one point, the
-   one with fewer.
+4. *The student that ships* as ``tiny:student`` is Flow-OPD (merge) of ``benchmarks.table2`` at seed 0, with 1,920
+   samples or with 10,240: the one with the higher mean of the three benches on their development prompts; within one
+   point, the one with fewer.
 
 Nothing else is chosen by results: the three KL weights are all reported. Candidates and scores, all of them, go to
 ``benchmarks/results/settings.json``. Stop and repeat it whenever you like: finished candidates are kept.
@@ -120,9 +120,8 @@ def choose_teachers() -> dict:
 
 def choose_student() -> dict:
     """The student that ships, of the two that ``benchmarks.table2`` trained; their scores."""
-    arms = {
-        float(json.loads((arm.out / "run.json").read_text())["samples"]): arm for arm in ARMS if arm.name in STUDENTS
-    }
+    students = [arm for arm in ARMS if arm.name in STUDENTS]
+    arms = {float(json.loads((arm.out / "run.json").read_text())["samples"]): arm for arm in students}
     report = {
         samples: development_scores(arm.name, arm.out / "adapter", tuple(BENCHES), *WITHOUT_GUIDANCE)
         for samples, arm in arms.items()
