@@ -117,9 +117,11 @@ def gradient(policies):
     return torch.cat([p.grad.flatten() for p in policies.bank.parameters() if p.grad is not None])
 
 
-def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(tiny, tmp_path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(every, tiny, tmp_path):
     tasks = tiny.values("distill", tmp_path)["tasks"]
-    changes = {"tasks": [tasks[0] | {"share": 2.0}, tasks[1]], "anchor": {"source": "base", "weight": 0.5}}
+    anchor = {"source": "base", "weight": 0.5, "every": every}
+    changes = {"tasks": [tasks[0] | {"share": 2.0}, tasks[1]], "anchor": anchor}
     changes |= {"start": tiny.teacher("anchor"), "batch_size": 6, "micro_batch": 6, "rollout": {"steps": 3}}
     policies, samples = first_update(tiny.recipe("distill", tmp_path, **changes), Distillation)
     found = gradient(policies)
@@ -141,13 +143,14 @@ def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_te
     for sample in samples:  # the paper's SDE and weight, one sample at a time
         source, text = torch.Generator().manual_seed(sample.seed), sample.prompt.prompt
         x = torch.randn(4, 8, 8, generator=source)[None]
-        for sigma, after in pairwise(sigmas):
+        for i, (sigma, after) in enumerate(pairwise(sigmas)):
             d, s = sigma - after, 0.7 * (sigma / (1 - torch.minimum(sigma, sigmas[1]))).sqrt()
             v = velocity(STUDENT, x, sigma, text)
             with torch.no_grad():
                 teacher, base = (velocity(name, x, sigma, text) for name in (sample.task.teacher, None))
             weight = d / 2 * (1 / s + s * (1 - sigma) / (2 * sigma)) ** 2
-            loss = weight * ((v - teacher).square().mean() + 0.5 * (v - base).square().mean())
+            pull = 0.5 * every * ((i + sample.seed) % every == 0)
+            loss = weight * ((v - teacher).square().mean() + pull * (v - base).square().mean())
             (loss / len(samples) / 3).backward()
             mean = x * (1 - s**2 / (2 * sigma) * d) - v.detach() * (1 + s**2 * (1 - sigma) / (2 * sigma)) * d
             x = mean + s * d.sqrt() * torch.randn(4, 8, 8, generator=source)[None]

@@ -110,6 +110,8 @@ MEASURED = {
     "direct": ("distill", 4, {"rollout": {"steps": 1}}),
     "direct, small micro batch": ("distill", 2, {"rollout": {"steps": 1}}),
     "direct, checkpointed": ("distill", 4, {"rollout": {"steps": 1}, "gradient_checkpointing": True}),
+    "direct, backbone in fp8": ("distill", 4, {"rollout": {"steps": 1}, "storage": "float8"}),
+    "direct, backbone in fp8, checkpointed": ("distill", 4, {"gradient_checkpointing": True, "storage": "float8"}),
     "direct, checkpointed, small micro batch": ("distill", 2, {"gradient_checkpointing": True}),
     "grpo": ("grpo", 4, {"beta": 0.1}),
     "nft, guided": ("nft", 4, {"guidance": 3.0, "updates": 3}),
@@ -173,9 +175,12 @@ def test_decoding_and_encoding_take_what_they_really_take(tiny):
     assert encoding(build(text_encoder, deep, torch.float32), tokens) == pytest.approx(peaks[1], rel=0.02)
 
 
-def test_what_stays_is_counted_to_the_byte(tiny, broad, tmp_path):
-    config = recipe(tiny, broad, tmp_path, "distill", dtype="bfloat16")
+@pytest.mark.parametrize("storage", [{}, {"storage": "float8"}], ids=["bf16", "fp8"])
+def test_what_stays_is_counted_to_the_byte(storage, tiny, broad, tmp_path):
+    config = recipe(tiny, broad, tmp_path, "distill", dtype="bfloat16", **storage)
     policies = Policies(config, CPU)
+    stored = {p.dtype for p in policies.transformer.parameters()}
+    assert stored == {torch.bfloat16} | ({torch.float8_e4m3fn} if storage else set())
     parts = price(config).moments[1].parts
     own = size(policies.bank.parameters())
     assert parts["transformer"] == size(policies.transformer.parameters()) + size(policies.transformer.buffers())

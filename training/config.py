@@ -92,6 +92,9 @@ class Anchor(Teacher):
     """Manifold Anchor Regularization: ``weight`` is lambda (0.02 in the paper's v5, 0.04 in the public code)."""
 
     weight: float = Field(0.02, ge=0)
+    every: int = Field(
+        1, gt=0, description="A sample is held to the anchor at one step of so many, with as many times the weight."
+    )
 
 
 class Lora(_Part):
@@ -167,6 +170,9 @@ class _Trained(_Stage):
 
     base: str = Field(description="The backbone: tiny:base, flow-opd:base, a folder, hub:REPO@REV.")
     dtype: Literal["float32", "bfloat16"] | None = Field(None, description="None: the sampling record's.")
+    storage: Literal["float8"] | None = Field(
+        None, description="float8: the backbone's large weights lie in fp8 (e4m3) and are computed with in `dtype`."
+    )
     start: str = Field("none", description="none, merge (of the teachers), or an adapter to go on from.")
     steps: int = Field(gt=0, description="Optimiser steps (`grpo`, `nft`: batches of samples.)")
     batch_size: int = Field(gt=0, description="Samples a step, over all processes.")
@@ -259,6 +265,10 @@ class DistillConfig(_Trained):
     def _objective_fits(self) -> Self:
         self._needs_teachers()
         sampler, weight = self.rollout.sampler, self.kl_weight
+        if self.storage and self.parameters == "full":
+            raise ValueError(
+                "storage = 'float8' rounds weights that stay as they are; with parameters = 'full' leave it."
+            )
         if self.objective == "ode" and sampler != "ode":
             raise ValueError(f"objective = 'ode' takes its states from the ODE; set rollout.sampler (now {sampler!r}).")
         if self.objective == "policy_gradient" and sampler == "ode":

@@ -35,8 +35,7 @@ class Distillation:
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
         self.defined = (self.weights > 0).tolist()
-        self.anchor_weight = config.pull.weight if config.pull else 0.0
-        self.anchor = policies.experts[ANCHOR] if config.pull else None
+        self.anchor = config.pull
 
     def identity(self) -> dict:
         """Nothing beyond the recipe."""
@@ -92,20 +91,32 @@ class Distillation:
         self, i: int, x: Tensor, ours: Tensor, conditions: Conditions, samples: Sequence[Sample], means: Means
     ) -> Tensor:
         """The KL to each row's teacher and, weighted, to the anchor at step ``i``: (B,)."""
-        teachers = [self.policies.experts[str(sample.task.teacher)] for sample in samples]
-        anchors = [self.anchor] * len(samples) if self.anchor else []
-        passes = 1 + bool(anchors)
-        frozen = self.policies.frozen(
-            [*teachers, *anchors], x.repeat(passes, 1, 1, 1), self.schedule.sigmas[i], conditions
-        )
-        kl = objectives.distillation(ours, frozen[: len(samples)], self.weights[i])
+        rows = list(range(len(samples)))
+        pulled = self._pulled(i, samples)
+        experts = [self.policies.experts[str(sample.task.teacher)] for sample in samples]
+        experts += [self.policies.experts[ANCHOR] for _ in pulled]
+        states = torch.cat([x, x if pulled == rows else x[pulled]])
+        frozen = self.policies.frozen(experts, states, self.schedule.sigmas[i], conditions[[*rows, *pulled]])
+        kl = objectives.distillation(ours, frozen[: len(rows)], self.weights[i])
         for sample, value in zip(samples, kl.detach(), strict=True):
             means.add(f"kl/{sample.task.name}", value)
-        if not self.anchor:
+        if not (self.anchor and pulled):
             return kl
-        pull = objectives.distillation(ours, frozen[len(samples) :], self.weights[i])
+        chosen = ours if pulled == rows else ours[pulled]
+        pull = objectives.distillation(chosen, frozen[len(rows) :], self.weights[i])
         means.add("kl/anchor", *pull.detach())
-        return kl + self.anchor_weight * pull
+        weighted = self.anchor.weight * self.anchor.every * pull
+        return kl + (weighted if pulled == rows else torch.zeros_like(kl).index_put((torch.tensor(pulled),), weighted))
+
+    def _pulled(self, i: int, samples: Sequence[Sample]) -> list[int]:
+        """The rows that are held to the anchor at step ``i``.
+
+        With ``every`` above 1 each sample has its own steps, evenly spaced from a place that its seed decides: over the
+        seeds the mean is the whole sum, whatever micro batch or process a sample is in.
+        """
+        if not self.anchor:
+            return []
+        return [row for row, sample in enumerate(samples) if (i + sample.seed) % self.anchor.every == 0]
 
     def _follow(self, samples: Sequence[Sample], conditions: Conditions, steps: list[Step]) -> None:
         """What comes after the trajectories; nothing for the direct objective."""

@@ -18,14 +18,16 @@ class Meter(TorchDispatchMode):
     """Bytes of the storages made within and still alive (``live``), the most there ever were (``peak``), and FLOPs.
 
     Args:
-        resident: tensors that were there before; they, and views of them, are not counted.
+        resident: tensors that were there before; they, and views of them, are not counted, but what is freed of them
+            is taken off: a layer cast from fp8 and back has another storage afterwards.
     """
 
     def __init__(self, resident: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = self.flops = 0
-        self._resident = [t.untyped_storage() for t in resident]
-        self._known: dict[int, Any] = {id(storage): storage for storage in self._resident}
+        self._known: dict[int, Any] = {}
+        for storage in {id(s): s for s in (t.untyped_storage() for t in resident)}.values():
+            self._watch(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -38,16 +40,18 @@ class Meter(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) not in self._known:
+            self._watch(storage)
+            self.live += storage.nbytes()
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
 
         def freed(_: object) -> None:
             del self._known[key]
             self.live -= size
 
         self._known[key] = weakref.ref(storage, freed)
-        self.live += size
 
 
 @contextmanager

@@ -75,11 +75,15 @@ def transformer_inputs(x: Tensor, sigma: Tensor, text: Text) -> dict[str, Any]:
 
 
 class Conditions:
-    """A batch's prompts, with the embeddings on the device once they have been asked for."""
+    """A batch's prompts, with the embeddings on the device once they have been asked for.
+
+    ``conditions[rows]`` are those of some rows, in any order, also several times.
+    """
 
     def __init__(self, policies: Policies, prompts: list[str]) -> None:
         self.policies, self.prompts = policies, prompts
         self._pairs: dict[int, tuple[Text, Text]] = {}
+        self._parts: dict[tuple[int, ...], Conditions] = {}
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -87,9 +91,14 @@ class Conditions:
     def __getitem__(self, rows: Sequence[int]) -> Conditions:
         if list(rows) == list(range(len(self))):
             return self
-        chosen = Conditions(self.policies, [self.prompts[row] for row in rows])
-        chosen._pairs = {length: (text[rows], empty[rows]) for length, (text, empty) in self._pairs.items()}
-        return chosen
+        key = tuple(rows)
+        if key not in self._parts:
+            if len(self._parts) > 1:  # not one for each step of a window
+                self._parts.clear()
+            chosen = Conditions(self.policies, [self.prompts[row] for row in rows])
+            chosen._pairs = {length: (text[rows], empty[rows]) for length, (text, empty) in self._pairs.items()}
+            self._parts[key] = chosen
+        return self._parts[key]
 
     def at(self, length: int) -> tuple[Text, Text]:
         """Embeddings of the prompts and, as many times, of the negative prompt, at T5 length ``length``."""
@@ -139,6 +148,7 @@ class Policies:
         self.bank = AdapterBank(
             self.transformer, {STUDENT: student, **adapters}, trainable={STUDENT: config.lora.scale}
         ).to(device)
+        store(self.transformer, config, self.dtype)
         self.model: nn.Module = self.bank
         self.experts = {name: self._expert(name, teacher, adapters.get(name)) for name, teacher in wanted.items()}
         self.base = Expert("base", None, None, self.record.guidance, self.record.text_length, None)
@@ -212,25 +222,23 @@ class Policies:
 
     @torch.no_grad()
     def frozen(self, experts: Sequence[Expert], x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
-        """Guided velocities of frozen policies, (n, C, H, W): row i is ``experts[i]`` at ``x[i]``.
+        """Guided velocities of frozen policies, (n, C, H, W): row i is ``experts[i]`` at ``x[i]`` and row i's prompt.
 
-        One pass for all rows that share transformer, text length and guidance, whoever their expert is. ``x`` may hold
-        the batch of ``conditions`` several times over.
+        One pass for all rows that share transformer, text length and guidance, whoever their expert is.
         """
         passes: dict[tuple[int, int, float], list[int]] = {}
         for row, expert in enumerate(experts):
             passes.setdefault((id(expert.transformer), expert.text_length, expert.guidance), []).append(row)
+        if len(passes) == 1:  # all rows, in order: nothing to pick
+            return self._pass(experts, x, sigma, conditions)
         velocity = torch.empty(x.shape, device=x.device)
-        for (_, length, guidance), rows in passes.items():
-            text, empty = conditions.at(length)
-            forward = self._forward([experts[row] for row in rows])
-            if len(passes) == 1:  # all rows, in order: nothing to pick, and the host need not wait for the device
-                times = len(experts) // len(conditions)
-                text, empty = (Text(t.states.repeat(times, 1, 1), t.pooled.repeat(times, 1)) for t in (text, empty))
-                return guided(forward, x, sigma, text, empty, guidance)
-            prompts = [row % len(conditions) for row in rows]
-            velocity[rows] = guided(forward, x[rows], sigma, text[prompts], empty[prompts], guidance)
+        for rows in passes.values():
+            velocity[rows] = self._pass([experts[row] for row in rows], x[rows], sigma, conditions[rows])
         return velocity
+
+    def _pass(self, experts: Sequence[Expert], x: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        text, empty = conditions.at(experts[0].text_length)
+        return guided(self._forward(experts), x, sigma, text, empty, experts[0].guidance)
 
     def _forward(self, experts: Sequence[Expert]) -> Callable[[Tensor, Tensor, Text], Tensor]:
         whole = experts[0].transformer
@@ -255,6 +263,12 @@ class Policies:
         vae = self.pipeline.vae
         latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return self.pipeline.image_processor.postprocess(vae.decode(latents, return_dict=False)[0], output_type="pil")
+
+
+def store(transformer: SD3Transformer2DModel, config: Trained, dtype: torch.dtype) -> None:
+    """Store the backbone as the recipe says; to be called once its adapters are on it."""
+    if config.storage == "float8":
+        transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
 
 
 def guidance_of(config: Trained, record: SamplingRecord) -> float:

@@ -38,7 +38,7 @@ from training.architecture import Architecture, architecture, build, text_encode
 from training.config import Config, DistillConfig, GRPOConfig, NFTConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
 from training.meter import Meter, device_attention
-from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of, teacher_guidance
+from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of, store, teacher_guidance
 from training.rollout import Schedule
 
 # Effective TFLOP/s of a training step, by the recipe's precision. Assumed, not measured.
@@ -99,6 +99,7 @@ class Weightless(Policies):
             }
         adapters = {name: of_rank[rank] for name, rank in ranks.items() if rank}
         self.bank = AdapterBank(self.transformer, adapters, trainable={STUDENT: config.lora.scale})
+        store(self.transformer, config, self.dtype)
         self.model = self.bank
         self.experts = {
             name: Expert(
@@ -196,7 +197,7 @@ def _loss(
 ) -> Tensor:
     """A loss with the frozen passes of the stage, made while the student's activations are held."""
     experts: list[Expert] = []
-    if isinstance(config, DistillConfig):
+    if isinstance(config, DistillConfig):  # with the anchor on every row, which is the most there is
         experts = [policies.experts[str(sample.task.teacher)] for sample in samples]
         experts += [policies.experts[ANCHOR]] * len(samples) if config.pull else []
     elif isinstance(config, GRPOConfig) and config.beta:
@@ -204,7 +205,8 @@ def _loss(
     if not experts:
         return ours.float().square().mean()
     copies = len(experts) // len(x)
-    frozen = policies.frozen(experts, x.repeat(copies, 1, 1, 1), torch.empty((), device=x.device), conditions)
+    rows = list(range(len(x))) * copies
+    frozen = policies.frozen(experts, x.repeat(copies, 1, 1, 1), torch.empty((), device=x.device), conditions[rows])
     weight = torch.empty((), device=x.device)
     kls = [objectives.distillation(ours, part, weight) for part in frozen.chunk(copies)]
     return torch.stack(kls).sum()
@@ -294,7 +296,8 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
     if config.pull:
-        parts.append(Work("anchor", trained * _rows(teacher_guidance(config.pull, record))))
+        anchored = trained / config.pull.every * _rows(teacher_guidance(config.pull, record))
+        parts.append(Work("anchor", anchored))
     if config.objective == "policy_gradient":
         parts.append(Work("teachers, for the reward-to-go", r.steps * taught))
         parts.append(_with_backward("student, trained on its actions", sum(schedule.stochastic) * rows, config))

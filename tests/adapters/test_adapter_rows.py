@@ -260,10 +260,16 @@ def test_fp8_storage_leaves_the_adapters_alone(transformer, base, adapters, velo
     for name, parameter in rounded.named_parameters():
         if name in stored:
             parameter.data = parameter.data.to(torch.float8_e4m3fn).float()
-    with AdapterBank(rounded, adapters).use(["a", "b", "c", None]):
+    other = AdapterBank(rounded, adapters, {"a": 2.0})
+    with other.use(["a", "b", "c", None]):
         expected = velocity(rounded, 4)
     assert close(found, expected)
     assert not close(expected, velocity(base, 4), 0.01)
+    for one in (bank, other):
+        one("a", **_inputs(velocity), return_dict=False)[0].square().mean().backward()
+    ours, theirs = (torch.cat([p.grad.flatten() for p in one.parameters()]) for one in (bank, other))
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
 def test_layers_under_a_hook_are_refused(transformer, adapters):
