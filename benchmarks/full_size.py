@@ -22,7 +22,7 @@ from flowopd_eval.records import SD35_RECORD
 from training.architecture import SD35_MEDIUM, Architecture
 from training.config import ATTENTION, DistillConfig
 from training.data import Embeddings, Text
-from training.policies import STUDENT, Expert, Policies, guidance_of
+from training.policies import STUDENT, Expert, Policies, guidance_of, store
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class RandomPolicies(Policies):
         if config.gradient_checkpointing:
             self.transformer.enable_gradient_checkpointing()
         self.bank = AdapterBank(transformer, adapters, trainable={STUDENT: config.lora.scale}).to(self.device)
+        store(transformer, config, self.dtype)
         self.model = self.bank
         self.experts = {
             name: Expert(name, name, None, self.guidance, self.record.text_length, None)

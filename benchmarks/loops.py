@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from benchmarks import measure
 from benchmarks.full_size import RandomPolicies, Scale, random_adapters, random_transformer
 from benchmarks.public_loop import PublicLoop
+from flowopd_eval.errors import RequestError
 from flowopd_eval.records import Prompt
 from training.config import DistillConfig
 from training.data import Mixture
@@ -247,15 +249,25 @@ def _window(sides: Sides, config: DistillConfig, dtype: torch.dtype) -> Ours:
     return sides.ours(config.model_copy(update={"rollout": window}), dtype)
 
 
-def _checkpointed(sides: Sides, config: DistillConfig, dtype: torch.dtype) -> Ours:
-    return sides.ours(config.model_copy(update={"gradient_checkpointing": True}), dtype)
+def _changed(change: dict[str, Any], sides: Sides, config: DistillConfig, dtype: torch.dtype) -> Ours:
+    return sides.ours(config.model_copy(update=change), dtype)
+
+
+def _sparse_anchor(sides: Sides, config: DistillConfig, dtype: torch.dtype) -> Ours:
+    if config.anchor is None:
+        raise RequestError("A recipe without an anchor has no sparse one.")
+    return _changed({"anchor": config.anchor.model_copy(update={"every": 2})}, sides, config, dtype)
 
 
 MODES: dict[str, Callable[[Sides, DistillConfig, torch.dtype], Ours]] = {
     "blocks compiled": _compiled,
     "step window": _window,
-    "gradient checkpointing": _checkpointed,
+    "sparse anchor": _sparse_anchor,
+    "gradient checkpointing": partial(_changed, {"gradient_checkpointing": True}),
+    "fp8 backbone, checkpointing": partial(_changed, {"storage": "float8", "gradient_checkpointing": True}),
 }
+# Modes with another gradient than ours: of another objective, or on another backbone.
+OTHER = ("step window", "sparse anchor", "fp8 backbone, checkpointing")
 
 
 def trained(config: DistillConfig) -> int:

@@ -101,8 +101,11 @@ def test_the_public_student_starts_and_ends_as_an_adapter(sides, ours, public):
 
 
 def test_modes_are_held_to_the_gradient_of_ours(monkeypatch, capsys):
-    found = distillation.compare_modes(SHORT, CPU, 1, ["gradient checkpointing", "step window"])
+    found = distillation.compare_modes(
+        SHORT, CPU, 1, ["gradient checkpointing", "step window", "sparse anchor", "fp8 backbone, checkpointing"]
+    )
     assert found["cosines"]["gradient checkpointing"] > 0.9999
+    assert 0.9 < found["cosines"]["fp8 backbone, checkpointing"] < 1
     assert found["modes"]["step window"]["samples_steps_per_second"] > 0
     assert "step window" in capsys.readouterr().out
 
