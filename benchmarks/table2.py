@@ -2,13 +2,13 @@
 
 Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
 ``benchmarks/results/table2.json``, ``docs/table2.md`` (the table, and what was hoped for beside what was seen),
-``docs/table2.png`` (score against student samples) and ``docs/table2-pictures.png``. As many arms at a time as there
-are processors, one thread each. Stop it whenever you like: what is finished is kept, arms at hand go on from their
-checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr`` and ``tiny:quality``, made by DiffusionNFT
-where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix is NFT-Mix
-here. All of them, and the students, are trained and drawn without guidance; the base also with its own. Every student
-sees :data:`SAMPLES` pictures of its own; NFT-Mix and Flow-OPD (merge) also once :data:`BUDGET`, as many as a teacher.
-The adapters lie under ``runs/table2/train/ARM/adapter``.
+``docs/table2.png`` (score against student samples), ``docs/table2-pictures.png``, and the README's table. As many arms
+at a time as there are processors, one thread each. Stop it whenever you like: what is finished is kept, arms at hand go
+on from their checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr``, ``tiny:quality``, made by
+DiffusionNFT where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix
+is NFT-Mix here. All of them, and the students, are trained and drawn without guidance; the base also with its own.
+Every student sees :data:`SAMPLES` pictures of its own; NFT-Mix and Flow-OPD (merge) also once :data:`BUDGET`, as many
+as a teacher. The adapters lie under ``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from PIL import Image
 from rich.console import Console
 
 from flowopd_eval.compare import compare_runs
+from flowopd_eval.paper import TABLE
 
 RUNS = Path("runs/table2")
 RESULTS = Path("benchmarks/results/table2.json")
@@ -33,6 +34,13 @@ BENCHES = {"geneval": "shapes_geneval", "ocr": "sign_ocr", "quality": "shapes_qu
 SHOWN = 12  # prompts on the page of pictures
 SAMPLES = 1920  # of each student: 60 updates of Flow-OPD
 BUDGET = 10_240  # of a teacher; NFT-Mix and Flow-OPD once have as much
+# Rows of the paper's table and what stands for them here.
+IN_PAPER = {
+    "SD3.5-M": "base", "GRPO-GenEval": "geneval", "GRPO-OCR": "ocr", "GRPO-DeQA": "quality", "GRPO-Mix": "mix",
+    "Flow-OPD (SFT)": "opd-sft", "Flow-OPD (Merge)": "opd-merge",
+}  # fmt: skip
+START, END = "<!-- table2 -->\n", "<!-- end of table2 -->\n"  # in the README
+CURVES = ("mix-long", "opd-merge-long", "mix", "opd-none", "opd-sft", "opd-merge")  # arms in the plot
 CURVE = ("--limit", "8", "--samples", "1")
 WITHOUT_GUIDANCE = ("--guidance", "1")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -171,7 +179,7 @@ def row(arm: Arm | None) -> dict[str, Any]:
         "command": " ".join(["python", *arm.command[1:]]),
         "samples": facts["samples"],
         "identity": facts["identity"],
-        "curve": curve(arm),
+        "curve": curve(arm) if arm.name in CURVES else [],
     }
 
 
@@ -189,6 +197,28 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def beside_paper(results: dict[str, dict[str, Any]]) -> str:
+    """The rows that the paper has too, without intervals, beside the paper's."""
+    lines = [
+        "| | shapes | signs | quality | average | in the paper | GenEval | OCR | DeQA | PickScore | average |",
+        "|---" * 11 + "|",
+    ]
+    for theirs in TABLE:
+        if (ours := results.get(IN_PAPER.get(theirs.name, ""))) is None:
+            continue
+        scores = [f"{ours['scores'][flag]['value']:.2f}" for flag in BENCHES] + [f"{ours['average']:.3f}"]
+        printed = [f"{value:.2f}" for value in theirs.columns] + [f"{theirs.average:.4f}"]
+        lines.append(f"| {' | '.join([ours['title'], *scores, theirs.name, *printed])} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_readme(table: str, path: Path = Path("README.md")) -> None:
+    """Put the table in its place in the README."""
+    before, _, rest = path.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    path.write_text(f"{before}{START}\n{table}\n{END}{after}")
+
+
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Score against student samples, one panel a bench."""
     import matplotlib
@@ -199,8 +229,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(BENCHES), figsize=(15, 4.5), sharex=True, layout="constrained")
     for axis, (flag, key) in zip(axes, BENCHES.items(), strict=True):
         for found in results.values():
-            points = found.get("curve") or []
-            axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
+            if points := found.get("curve"):
+                axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
         axis.axhline(
             results["base"]["scores"][flag]["value"], color="grey", linestyle=":", label="the base, guidance 1"
         )
@@ -305,6 +335,7 @@ def main() -> int:
             results[name] = future.result()
             RESULTS.write_text(json.dumps({"arms": results, "hopes": hopes(results)}, indent=2) + "\n")
             Path("docs/table2.md").write_text(markdown(results) + "\n" + hopes_table(hopes(results)))
+    write_readme(beside_paper(results))
     plot(results, Path("docs/table2.png"))
     page(results).save("docs/table2-pictures.png", optimize=True)
     print(markdown(results), hopes_table(hopes(results)), sep="\n")
