@@ -411,6 +411,20 @@ def test_only_the_same_run_is_gone_on_with(tiny, tmp_path, capsys, monkeypatch):
     assert kept(out)["step"] == 1
 
 
+def test_a_run_that_began_before_a_setting_existed_is_gone_on_with(tiny, tmp_path):
+    anchor = {"source": tiny.teacher("anchor"), "weight": 0.1}
+    run(tiny, "direct", tmp_path, steps=1, anchor=anchor)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    state = checkpoints.latest()
+    recipe = state["identity"]["recipe"]
+    assert (recipe.pop("storage"), recipe["anchor"].pop("every")) == (None, 1)
+    checkpoints.save(1, state)
+    with pytest.raises(RequestError, match=r"recipe.anchor.every: 1 there, 2 asked for"):
+        run(tiny, "direct", tmp_path, steps=2, anchor=anchor | {"every": 2})
+    run(tiny, "direct", tmp_path, steps=2, anchor=anchor)
+    assert checkpoints.latest()["step"] == 2
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 def in_one_of_two(tiny, kind, out, changes):
     AcceleratorState._reset_state(True)  # the parent's, which was alone

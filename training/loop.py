@@ -24,6 +24,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from pydantic import ValidationError
 from torch import Tensor
 
 from flowopd_eval.adapters import Adapter, write_adapter
@@ -166,7 +167,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         raise RequestError(f"--resume: {out} holds no checkpoint to go on from.")
     first = 0
     if state is not None:
-        check_identity(state["identity"], identity, out)
+        check_identity(state["identity"], identity, config, out)
         policies.bank.load_state_dict(state["bank"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
@@ -297,7 +298,7 @@ def check_processes(config: Trained, processes: int) -> None:
 def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
     """Everything that decides the weights, as plain JSON."""
     identity: dict[str, Any] = {
-        "recipe": {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE},
+        "recipe": config.model_dump(mode="json", exclude=FREE),
         "base_sha256": policies.sha256,
         "experts": {name: expert.sha256 for name, expert in policies.experts.items()},
         "prompts": {name: prompts_sha256(p.training) for name, p in prompts.items()},
@@ -308,14 +309,23 @@ def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prom
     return json.loads(json.dumps(identity))
 
 
-def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    found = differences(there, now)
+def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], config: Trained, out: Path) -> None:
+    found = differences({**there, "recipe": _with_defaults(there["recipe"], config)}, now)
     if found:
         raise RequestError(
             f"{out} holds a run of something else; it cannot be gone on with:\n  "
             + "\n  ".join(found)
             + "\nGive another `out`, or undo the change."
         )
+
+
+def _with_defaults(recipe: Mapping[str, Any], config: Trained) -> Mapping[str, Any]:
+    """A recipe with the settings that there were none of when its run began: their defaults are how it was run."""
+    try:
+        whole = type(config).model_validate({**config.model_dump(include=FREE), **recipe})
+    except ValidationError:  # it has settings that there are none of now
+        return recipe
+    return whole.model_dump(mode="json", exclude=FREE)
 
 
 def strip_texts(config: Trained, prompts: Mapping[str, Prompts]) -> list[str]:

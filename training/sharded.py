@@ -297,7 +297,7 @@ def train_full(config: DistillConfig, make: MakeStage, out: Path, *, resume: boo
         raise RequestError(f"--resume: {out} holds no checkpoint to go on from.")
     if found is not None:
         path, kept = found
-        check_identity(kept["identity"], identity, out)
+        check_identity(kept["identity"], identity, config, out)
         first = kept["step"]
         if first > config.steps:
             raise RequestError(
