@@ -107,11 +107,11 @@ ARMS = (
     _opd("opd-merge-no-mar", "Flow-OPD (merge), without MAR", "merge", "anchor.weight=0"),
     _opd("opd-merge-code", "Flow-OPD (merge), weight flow-opd-code", "merge", "kl_weight=flow-opd-code"),
     _opd("opd-merge-velocity", "Flow-OPD (merge), weight velocity", "merge", "kl_weight=velocity"),
+    *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
+    *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
     _opd("opd-merge-window", "Flow-OPD (merge), window of two steps", "merge", "rollout.window=2"),
     _opd("opd-merge-sparse", "Flow-OPD (merge), anchor at every second step", "merge", "anchor.every=2"),
     _opd("opd-merge-fp8", "Flow-OPD (merge), backbone in fp8", "merge", "storage=float8"),
-    *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
-    *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
 )
 
 
