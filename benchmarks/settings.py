@@ -1,6 +1,6 @@
 """The settings of the arms of ``benchmarks.table2``, chosen on development prompts by a rule.
 
-    python -m benchmarks.settings [grpo] [nft] [opd] [student]
+    python -m benchmarks.settings [grpo] [nft] [opd]
 
 The rule, written before any candidate was trained:
 
@@ -19,9 +19,7 @@ The rule, written before any candidate was trained:
    two snapshots, the teacher is chosen in the same way. (This is what had been done with ``geneval``, written down
    before it was done with the others.)
 
-4. *The student that ships* as ``tiny:student`` is Flow-OPD (merge) of ``benchmarks.table2`` at seed 0, with 1,920
-   samples or with 10,240: the one with the higher mean of the three benches on their development prompts; within one
-   point, the one with fewer.
+The student that ships as ``tiny:student`` is what ``tiny_opd.toml`` makes: Flow-OPD (merge) at seed 0.
 
 Nothing else is chosen by results: the three KL weights are all reported. Candidates and scores, all of them, go to
 ``benchmarks/results/settings.json``. Stop and repeat it whenever you like: finished candidates are kept.
@@ -35,7 +33,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from benchmarks.table2 import ARMS, BENCHES, WITHOUT_GUIDANCE, value
+from benchmarks.table2 import BENCHES, WITHOUT_GUIDANCE, value
 from flowopd_eval.records import Prompt
 from flowopd_eval.store import prompt_lines
 from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_prompts, sign_training_prompts
@@ -50,7 +48,6 @@ DEVELOPMENT = {
     "quality": lambda: quality_training_prompts()[1],
 }
 OPD = ("start=merge", "steps=60")
-STUDENTS = ("opd-merge", "opd-merge-long")
 # choice -> (recipe, its changes, setting, candidates, benches it is judged by, how it is drawn)
 CHOICES = {
     "grpo": ("tiny_grpo_geneval", ("steps=30",), "optimizer.learning_rate", (3e-4, 1e-3, 3e-3), ("geneval",), ()),
@@ -118,18 +115,6 @@ def choose_teachers() -> dict:
     return report
 
 
-def choose_student() -> dict:
-    """The student that ships, of the two that ``benchmarks.table2`` trained; their scores."""
-    students = [arm for arm in ARMS if arm.name in STUDENTS]
-    arms = {float(json.loads((arm.out / "run.json").read_text())["samples"]): arm for arm in students}
-    report = {
-        samples: development_scores(arm.name, arm.out / "adapter", tuple(BENCHES), *WITHOUT_GUIDANCE)
-        for samples, arm in arms.items()
-    }
-    taken = chosen({samples: sum(found.values()) / len(BENCHES) for samples, found in report.items()})
-    return {"chosen": arms[taken].name, "candidates": {arms[samples].name: found for samples, found in report.items()}}
-
-
 def _trained(flag: str, out: Path, *changes: str) -> None:
     if not (out / "run.json").is_file():
         sets = [word for change in (f"out={out}", *changes) for word in ("--set", change)]
@@ -146,7 +131,7 @@ def _snapshot_scores(flag: str, out: Path, least: int) -> dict[float, float]:
 
 
 def main() -> int:
-    known = {name: partial(choose, name) for name in CHOICES} | {"nft": choose_teachers, "student": choose_student}
+    known = {name: partial(choose, name) for name in CHOICES} | {"nft": choose_teachers}
     wanted = sys.argv[1:] or list(known)
     if unknown := set(wanted) - set(known):
         print(f"No choice {', '.join(sorted(unknown))}; there are: {', '.join(known)}.", file=sys.stderr)
