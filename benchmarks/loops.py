@@ -72,7 +72,7 @@ class Ours:
         optimizer = torch.optim.AdamW(
             parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
-        ema = EMAModel(parameters, decay=o.ema, min_decay=o.ema)
+        ema = EMAModel(parameters, decay=o.ema)
         return cls(kind(config, policies, mixture, Parallel(accelerator)), optimizer, ema)
 
     @property

@@ -22,7 +22,8 @@ The rule, written before any candidate was trained:
 The student that ships as ``tiny:student`` is what ``tiny_opd.toml`` makes: Flow-OPD (merge) at seed 0.
 
 Nothing else is chosen by results: the three KL weights are all reported. Candidates and scores, all of them, go to
-``benchmarks/results/settings.json``. Stop and repeat it whenever you like: finished candidates are kept.
+``benchmarks/results/settings.json``. Stop and repeat it whenever you like: a finished candidate ends
+at once, and one that was trained by another recipe is refused.
 """
 
 from __future__ import annotations
@@ -91,8 +92,7 @@ def choose(name: str) -> dict:
     for candidate in candidates:
         out = RUNS / "train" / f"{name}-{candidate:g}"
         sets = [word for change in (f"out={out}", f"{setting}={candidate}", *changes) for word in ("--set", change)]
-        if not (out / "run.json").is_file():
-            subprocess.run([sys.executable, "-m", "training", f"training/recipes/{recipe}.toml", *sets], check=True)
+        subprocess.run([sys.executable, "-m", "training", f"training/recipes/{recipe}.toml", *sets], check=True)
         report[f"{candidate:g}"] = development_scores(out.name, out / "adapter", flags, *drawn)
         scores[candidate] = sum(report[f"{candidate:g}"].values()) / len(flags)
     base = development_scores("base-without-guidance" if drawn else "base", None, flags, *drawn)
@@ -116,9 +116,8 @@ def choose_teachers() -> dict:
 
 
 def _trained(flag: str, out: Path, *changes: str) -> None:
-    if not (out / "run.json").is_file():
-        sets = [word for change in (f"out={out}", *changes) for word in ("--set", change)]
-        subprocess.run([sys.executable, "-m", "training", f"training/recipes/tiny_nft_{flag}.toml", *sets], check=True)
+    sets = [word for change in (f"out={out}", *changes) for word in ("--set", change)]
+    subprocess.run([sys.executable, "-m", "training", f"training/recipes/tiny_nft_{flag}.toml", *sets], check=True)
 
 
 def _snapshot_scores(flag: str, out: Path, least: int) -> dict[float, float]:

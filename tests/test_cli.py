@@ -36,13 +36,13 @@ def test_the_main_job_says_what_it_did(small_run):
 
 def test_a_run_prints_no_foreign_warnings(small_run):
     lines = [line for line in small_run[1].stderr.replace("\r", "\n").splitlines() if line.strip()]
-    ours = ("flowopd-eval:", "tiny:base on geneval", "starting")
+    ours = ("flowopd-eval:", "tiny:student on geneval", "starting")
     assert [line for line in lines if not line.strip().startswith(ours)] == []
 
 
 def test_the_run_folder_keeps_to_the_contract(small_run):
     out, _ = small_run
-    bench = out / "tiny-base" / "geneval"
+    bench = out / "tiny-student" / "geneval"
     samples = [json.loads(line) for line in (bench / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 12
     assert {"id", "k", "seed", "file", "sha256", "score", "reason", "detail", "error"} <= samples[0].keys()
@@ -57,11 +57,12 @@ def test_the_run_folder_keeps_to_the_contract(small_run):
 
 def test_the_same_command_again_draws_nothing_and_changes_nothing(small_run, command):
     out, _ = small_run
-    before = {path: path.read_bytes() for path in (out / "tiny-base").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (out / "tiny-student").rglob("*") if path.is_file()}
     code, stdout, _ = command("--bench", "geneval", "--limit", 2, "--steps", 2, "--out", out)
     assert code == 0
     assert "shapes_geneval" in stdout
-    assert before == {path: path.read_bytes() for path in (out / "tiny-base").rglob("*") if path.is_file()}
+    assert before
+    assert before == {path: path.read_bytes() for path in (out / "tiny-student").rglob("*") if path.is_file()}
 
 
 def test_a_changed_request_is_refused_with_the_difference(small_run, command):
@@ -84,10 +85,11 @@ def test_shards_join_to_the_same_bytes(small_run, command, tmp_path):
         assert command(*words, "--shard", f"{index}/3", "--out", tmp_path / "parts")[0] == 0
     assert command("report", tmp_path / "parts")[0] == 0
     whole, parts = (
-        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name / "tiny-base").rglob("*.*")
+        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name / "tiny-student").rglob("*.*")
          if p.is_file() and not p.name.endswith(".lock")}
         for name in ("whole", "parts")
     )  # fmt: skip
+    assert whole
     assert whole == parts
 
 
@@ -189,7 +191,7 @@ def test_killed_five_times_the_miniature_ends_with_the_same_bytes(tmp_path):
     assert start(tmp_path / "killed").wait() == 0
     whole, killed = (
         {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix in (".png", ".json", ".jsonl")}
-        for folder in (tmp_path / "whole" / "tiny-base", tmp_path / "killed" / "tiny-base")
+        for folder in (tmp_path / "whole" / "tiny-student", tmp_path / "killed" / "tiny-student")
     )
     assert len(whole) > 70
     assert whole == killed
@@ -206,7 +208,7 @@ def test_two_processes_of_a_launch_make_one_run(tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Report:") == 1
     for name in ("samples.jsonl", "summary.json"):
-        files = [tmp_path / run / "tiny-base" / "geneval" / name for run in ("alone", "both")]
+        files = [tmp_path / run / "tiny-student" / "geneval" / name for run in ("alone", "both")]
         assert files[0].read_bytes() == files[1].read_bytes()
-    sessions = json.loads((tmp_path / "both" / "run.json").read_text())["runs"]["tiny-base/geneval"]["sessions"]
+    sessions = json.loads((tmp_path / "both" / "run.json").read_text())["runs"]["tiny-student/geneval"]["sessions"]
     assert sorted(session["work"] for session in sessions) == ["draw 0/2", "draw 1/2"]

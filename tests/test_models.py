@@ -21,7 +21,7 @@ def test_names_of_record():
     assert resolve("flow-opd").name == "flow-opd:student"
     assert resolve("flow-opd:deqa").adapter == "hub:CostaliyA/SD3.5M-FlowGRPO-Deqa-Mix"
     assert resolve("flow-opd:base").adapter is None
-    assert resolve("tiny").name == "tiny:base"
+    assert resolve("tiny").name == "tiny:student"
     assert {spec.base for spec in map(resolve, ("flow-opd", "flow-opd:ocr"))} == {FAMILIES["flow-opd"].base}
     assert resolve("flow-opd").record == SamplingRecord(40, 4.5, 3.0, 512, 512, 128, dtype="bfloat16")
 

@@ -242,6 +242,26 @@ def test_the_average_is_a_copy_and_asking_for_it_changes_nothing(tiny, tmp_path)
     assert policies.bank.adapter(STUDENT).sha256 == raw
 
 
+def test_the_average_of_a_short_run_is_not_its_first_steps(tiny, tmp_path):
+    """The public code's average: the n-th update keeps (1 + n) / (10 + n) of what was, at most the decay."""
+    seen = []
+
+    class Watched(Distillation):
+        def updates(self, step):
+            if step:
+                seen.append([p.detach().clone() for p in self.policies.bank.parameters()])
+            yield from super().updates(step)
+
+    run(tiny, "direct", tmp_path, make=Watched, steps=4, optimizer={"learning_rate": 0.05, "ema": 0.2, "ema_every": 1})
+    state = kept(tmp_path)
+    last = [state["bank"][name] for name in state["bank"]]
+    expected = [first.clone() for first in seen[0]]
+    for decay, now in zip((2 / 11, 0.2, 0.2), (*seen[1:], last), strict=True):
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
+    for found, average in zip(state["ema"]["shadow_params"], expected, strict=True):
+        torch.testing.assert_close(found, average)
+
+
 def test_the_exported_adapter_is_the_same_student_in_stock_diffusers(tiny, tmp_path):
     adapter = run(tiny, "direct", tmp_path)
     stock = StableDiffusion3Pipeline.from_pretrained(tiny.folder / "base", text_encoder_3=None, tokenizer_3=None)

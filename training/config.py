@@ -122,7 +122,7 @@ class Optimizer(_Part):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="Of the learning rate after the warm-up; linear and cosine fall to zero at the end."
     )
-    ema: float = Field(0.9, ge=0, lt=1)
+    ema: float = Field(0.9, ge=0, lt=1, description="Decay of the average; the n-th update's is at most n / (9 + n).")
     ema_every: int = Field(8, gt=0, description="Steps of the run between two updates of the average.")
 
 

@@ -52,7 +52,8 @@ FREE = {
     "patience",
     "parameters",  # runs of adapters and of all weights have checkpoints of different kinds
 }
-SCHEMA = 1
+# Grows when the same recipe would make other weights: 2 with the warm-up of the average, and SFT's noise by sample.
+SCHEMA = 2
 T = TypeVar("T")
 
 
@@ -160,7 +161,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     scheduler = learning_rates(config, optimizer)
-    ema = EMAModel(parameters, decay=o.ema, min_decay=o.ema)  # the decay from the second update on; the first copies
+    # Its decay rises as (1 + n) / (10 + n) up to the recipe's, as in the public code: else short runs export their start.
+    ema = EMAModel(parameters, decay=o.ema)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
     if state is None and resume:
@@ -189,7 +191,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     def save(step: int) -> None:
         if accelerator.is_main_process:
             bank = {n: p.detach() for n, p in policies.bank.named_parameters() if p.requires_grad}
-            kept = {"schema": SCHEMA, "step": step, "identity": identity, "bank": bank, "rng": torch.get_rng_state()}
+            kept = {"step": step, "identity": identity, "bank": bank, "rng": torch.get_rng_state()}
             parts = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema}
             checkpoints.save(step, kept | {name: part.state_dict() for name, part in parts.items()})
             write_adapter(averaged(policies, ema, parameters), out / "adapter", base_model=config.base)
@@ -298,6 +300,7 @@ def check_processes(config: Trained, processes: int) -> None:
 def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prompts], stage: Stage) -> dict[str, Any]:
     """Everything that decides the weights, as plain JSON."""
     identity: dict[str, Any] = {
+        "schema": SCHEMA,
         "recipe": config.model_dump(mode="json", exclude=FREE),
         "base_sha256": policies.sha256,
         "experts": {name: expert.sha256 for name, expert in policies.experts.items()},
@@ -310,6 +313,11 @@ def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prom
 
 
 def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], config: Trained, out: Path) -> None:
+    if there.get("schema") != SCHEMA:
+        raise RequestError(
+            f"{out} was begun by an earlier version of this training, which makes other weights of the same recipe; give "
+            "another `out`."
+        )
     found = differences({**there, "recipe": _with_defaults(there["recipe"], config)}, now)
     if found:
         raise RequestError(

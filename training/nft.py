@@ -75,13 +75,12 @@ class NFT:
         judged = [(batch.samples, batch.judged) for batch in drawn]
         advantages = judged_advantages(self.config, judged, self.parallel, self.policies.device, means)
         pairs = list(zip(drawn, advantages, strict=True))
-        # Groups that all scored alike teach nothing: their forwards can be saved.
-        live = [pair for pair in pairs if pair[1].any()] or pairs[-1:]
-        # The old policy is the one that drew: it has to be asked before the first update.
-        noised = [[self._noise(step, n, batch) for batch, _ in live] for n in range(self.config.updates)]
+        # The old policy is the one that drew: it has to be asked before the first update. Groups that all scored alike
+        # are trained on, too: the old policy and the base pull there as elsewhere.
+        noised = [[self._noise(step, n, batch) for batch in drawn] for n in range(self.config.updates)]
         for of_update in noised:
-            for (batch, advantage), states in zip(live, of_update, strict=True):
-                last = batch is live[-1][0]
+            for (batch, advantage), states in zip(pairs, of_update, strict=True):
+                last = batch is drawn[-1]
                 self._accumulate(batch, states, advantage, last, len(pairs) * self.config.micro_batch, means)
             yield means
             means = Means()

@@ -51,7 +51,6 @@ from training.loop import (
 from training.policies import STUDENT, Conditions, Expert, Policies, guided, transformer_inputs
 from training.watch import Alarms, Log, draw_strip, memory_gb
 
-SCHEMA = 1
 _FP32 = 4  # bytes
 _COPIES = 5  # weights, gradients, two moments, average
 
@@ -204,7 +203,7 @@ class Trainee:
             self.parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
         )
         self.scheduler = learning_rates(config, self.optimizer)
-        self.ema = EMAModel(self.parameters, decay=o.ema, min_decay=o.ema)
+        self.ema = EMAModel(self.parameters, decay=o.ema)
 
     def update(self) -> None:
         """One step of the optimiser with the gradients at hand, which are then gone."""
@@ -228,7 +227,7 @@ class Trainee:
         part = path.with_suffix(".part")
         dcp.save(self._tensors(), checkpoint_id=part)
         if dist.get_rank() == 0:
-            values = {"schema": SCHEMA, "step": step, "identity": identity, "averaged": self.ema.optimization_step}
+            values = {"step": step, "identity": identity, "averaged": self.ema.optimization_step}
             (part / "values.json").write_text(json.dumps(values | {"scheduler": self.scheduler.state_dict()}))
             _replace(part, path)
             for old in self._saved()[: -self.keep]:
