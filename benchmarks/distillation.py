@@ -76,8 +76,10 @@ def compare(plan: Plan, device: torch.device, repetitions: int) -> dict[str, Any
     for micro in plan.alone:
         one = _at(ours, plan, micro)
         results["by_micro_batch"][f"{micro}, ours alone"] = _timed({"ours": one.update}, plan, repetitions, micro)
-    best = max((found["variants"]["ours"] for found in results["by_micro_batch"].values()), key=_pace)
-    return results | _share(last, plan, best["median_s"], device, dtype)
+    ours_at = {int(n.split(",")[0]): found["variants"]["ours"] for n, found in results["by_micro_batch"].items()}
+    micro = max(ours_at, key=lambda n: _pace(ours_at[n]))
+    share = _share(_at(ours, plan, micro), plan, micro, ours_at[micro]["median_s"], device, dtype)
+    return results | {"share_at_micro_batch": micro} | share
 
 
 def compare_modes(plan: Plan, device: torch.device, repetitions: int, modes: Sequence[str]) -> dict[str, Any]:
@@ -128,10 +130,11 @@ def _timed(work: dict[str, Callable[[], object]], plan: Plan, repetitions: int, 
     }
 
 
-def _share(ours: Ours, plan: Plan, seconds: float, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _share(
+    ours: Ours, plan: Plan, micro: int, seconds: float, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
     """FLOPs of an update, the share of the measured rate of products, and where the rest goes."""
     count, rate = flops(ours.update), matmul_rate(device, dtype)
-    micro = plan.micros[-1]
     small = recipe(plan.scale, 2, micro, micro)  # two steps of one micro batch are enough to see the shares
     where, busy = profile(Ours.of(small, ours.stage.policies, mixture_of(small)).update)
     used = count / seconds

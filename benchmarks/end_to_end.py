@@ -101,14 +101,19 @@ def on_a_gpu(pictures: int, batch: int, repetitions: int, folder: Path) -> dict[
     from flowopd_eval.scorers.geneval import GenEvalScorer
 
     prompts = find_bench("geneval", "coco").prompts()
-    asked = [
-        replace(prompt, id=f"{prompt.id}-{k}", fields={"include": [{"class": OBJECTS[k % 2], "count": 1}]})
-        for prompt in prompts
-        for k in range(4)
-    ]
+
+    def clauses(prompt: Prompt, k: int) -> list[dict[str, Any]]:
+        """As many, with a colour where the prompt has one, of what the random detector sees."""
+        return [
+            {"class": OBJECTS[(k + n) % 2], "count": 1} | ({"color": one["color"]} if "color" in one else {})
+            for n, one in enumerate(prompt.fields["include"])
+        ]
+
+    everything = [replace(p, id=f"{p.id}-{k}", fields={"include": clauses(p, k)}) for p in prompts for k in range(4)]
+    asked = [everything[n * len(everything) // pictures] for n in range(pictures)]  # all tasks in their proportion
     detector = random_detector(folder, "cuda", batch)
     drawer = Drawer(random_bench(SD35, torch.device("cuda"), SD35.base.record.steps))
-    return runs(drawer, GenEvalScorer(detector), asked[:pictures], batch, repetitions, folder / "runs")
+    return runs(drawer, GenEvalScorer(detector), asked, batch, repetitions, folder / "runs")
 
 
 def on_a_cpu(pictures: int, batch: int, repetitions: int, folder: Path) -> dict[str, Any]:

@@ -174,10 +174,16 @@ def alike(what: str, found: torch.Tensor, expected: torch.Tensor, least: float) 
 
 # --- growth ----------------------------------------------------------------------------------------------------------
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Slope of log value over log size, by least squares: 1 is linear growth, 2 quadratic, 0 none."""
+    """Slope of log value over log size among the largest three: 1 is linear growth, 2 quadratic, 0 none.
+
+    By least squares; of the largest, because a fixed cost hides growth among the small. Zeros are left out.
+    """
     import numpy as np
 
-    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+    pairs = [(size, value) for size, value in zip(sizes, values, strict=True) if value > 0][-3:]
+    if len(pairs) < 2:
+        return 0.0
+    return float(np.polyfit(*np.log(pairs).T, 1)[0])
 
 
 # --- commands and results --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,15 +36,19 @@ from flowopd_eval.scorers.clip_colours import ClipColours, cut_out
 from flowopd_eval.scorers.geneval import OFFICIAL, GenEvalScorer, colour_queries, keep, verdict, with_colours
 from flowopd_eval.scorers.mask2former import Mask2FormerDetector, MaskedDetection, build_network, prepare
 from flowopd_eval.scorers.ocr import OCRScorer
-from flowopd_eval.store import BenchFolder
+from flowopd_eval.store import BenchFolder, read_samples
 
 BATCH = 16
 OBJECTS = ("dog", "bicycle")  # what the random detector is biased to see
 
 
 # --- share -----------------------------------------------------------------------------------------------------------
-def share(flag: str, out: Path, pictures: int) -> dict[str, float]:
-    """Drawing, judging and both, in seconds, and the two shares."""
+def share(flag: str, out: Path, pictures: int, repetitions: int) -> dict[str, float]:
+    """Drawing, judging and both, in seconds (medians of runs that take turns), and the two shares.
+
+    Raises:
+        WorkError: judging afterwards gives other scores than judging meanwhile.
+    """
     spec = resolve("tiny:base")
     bench = find_bench(flag, spec.objects)
     generator = Backbone(spec.base, [spec], "cpu", None).generator(spec, spec.record)
@@ -60,26 +65,41 @@ def share(flag: str, out: Path, pictures: int) -> dict[str, float]:
         correct_at=bench.correct_at,
     )
     run_bench(replace(whole, prompts=chosen[:BATCH]), generator, out / "warm")
-    drawing, _ = measure.timed(lambda: run_bench(replace(whole, scorer=None), generator, out / "drawn"))
-    folder = BenchFolder.of(out / "drawn", spec.name, flag)
-    judging, _ = measure.timed(lambda: rescore(folder, bench.scorer(bench.protocols[0]), batch_size=BATCH))
-    both, _ = measure.timed(lambda: run_bench(whole, generator, out / "both"))
+    places = count()
+
+    def drawn(run: BenchRun) -> BenchFolder:
+        place = out / str(next(places))
+        run_bench(run, generator, place)
+        return BenchFolder.of(place, spec.name, flag)
+
+    folder, scorer = drawn(replace(whole, scorer=None)), bench.scorer(bench.protocols[0])
+    timings = measure.take_turns(
+        {
+            "drawing": lambda: drawn(replace(whole, scorer=None)),
+            "judging": lambda: rescore(folder, scorer, again=True, batch_size=BATCH),
+            "both": lambda: drawn(whole),
+        },
+        repetitions,
+    )
+    meanwhile, afterwards = ([sample.score for sample in read_samples(one.samples)] for one in (drawn(whole), folder))
+    measure.same(f"Scores of {flag}", meanwhile, afterwards)
+    drawing, judging, both = (timing.median for timing in timings.values())
     return {
         "drawing_s": drawing,
         "judging_s": judging,
         "both_s": both,
-        "share_overlapped": max(0.0, (both - drawing) / both),
+        "share_overlapped": (both - drawing) / both,
         "share_one_after_the_other": judging / (drawing + judging),
     }
 
 
-def shares(smoke: bool) -> None:
+def shares(repetitions: int, smoke: bool) -> None:
     """All benches of the miniature."""
     pictures = 2 if smoke else 96
     benches = {}
     with TemporaryDirectory() as folder:
         for flag in ("geneval",) if smoke else ("geneval", "ocr", "quality"):
-            benches[flag] = share(flag, Path(folder) / flag, pictures)
+            benches[flag] = share(flag, Path(folder) / flag, pictures, repetitions)
     measure.show("What judging adds to a run", [{"bench": flag, **found} for flag, found in benches.items()])
     measure.keep("scoring", {"pictures": pictures, "batch": BATCH, "benches": benches}, smoke)
 
@@ -312,7 +332,7 @@ def main() -> int:
     try:
         for part in asked.parts or PARTS:
             if part == "share":
-                shares(asked.smoke)
+                shares(asked.repetitions, asked.smoke)
             elif part == "detector":
                 detector_part(asked.repetitions, asked.pictures, asked.smoke)
             else:

@@ -231,8 +231,10 @@ def beside_paper(results: dict[str, dict[str, Any]]) -> str:
 
 def write_readme(table: str, path: Path = Path("README.md")) -> None:
     """Put the table in its place in the README."""
-    before, _, rest = path.read_text().partition(START)
-    _, _, after = rest.partition(END)
+    text = path.read_text()
+    if not 0 <= text.find(START) < text.find(END):
+        raise ValueError(f"{path} has no place for the table: {START.strip()} … {END.strip()}")
+    before, after = text[: text.index(START)], text[text.index(END) + len(END) :]
     path.write_text(f"{before}{START}\n{table}\n{END}{after}")
 
 

@@ -292,8 +292,13 @@ def test_a_base_without_known_shapes_is_refused(tmp_path, base, words):
 CPS = {"steps": 3, "sampler": "cps"}  # has no density on its last step
 REAL = {
     "an anchor, checkpointed": ("distill", {"anchor": {"source": "base"}, "gradient_checkpointing": True}),
+    "an anchor at every second step": ("distill", {"rollout": {"steps": 4}, "anchor": {"source": "base", "every": 2}}),
     "a window, a student without guidance": ("distill", {"rollout": {"steps": 3, "window": 2, "guidance": 1.0}}),
     "policy gradient": ("distill", {"objective": "policy_gradient", "group_size": 2, "rollout": CPS}),
+    "policy gradient with an anchor": (
+        "distill",
+        {"objective": "policy_gradient", "group_size": 2, "rollout": CPS, "anchor": {"source": "base"}},
+    ),
     "grpo with a pull to the base": ("grpo", {"beta": 0.1, "rollout": CPS, "gradient_checkpointing": True}),
     "grpo with a window": ("grpo", {"beta": 0.1, "rollout": {"steps": 3, "window": 1}, "updates": 2}),
     "nft": ("nft", {"updates": 3}),

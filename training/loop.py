@@ -161,7 +161,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     scheduler = learning_rates(config, optimizer)
-    # Its decay rises as (1 + n) / (10 + n) up to the recipe's, as in the public code: else short runs export their start.
+    # Its decay rises as (1 + n) / (10 + n) to the recipe's, as in the public code; else a short run exports its start.
     ema = EMAModel(parameters, decay=o.ema)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
@@ -315,8 +315,8 @@ def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prom
 def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], config: Trained, out: Path) -> None:
     if there.get("schema") != SCHEMA:
         raise RequestError(
-            f"{out} was begun by an earlier version of this training, which makes other weights of the same recipe; give "
-            "another `out`."
+            f"{out} was begun by an earlier version of this training, which makes other weights of the same recipe; "
+            "give another `out`."
         )
     found = differences({**there, "recipe": _with_defaults(there["recipe"], config)}, now)
     if found:

@@ -295,11 +295,11 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
     rows = _rows(guidance_of(config, record))
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
+    anchored = _rows(teacher_guidance(config.pull, record)) / config.pull.every if config.pull else 0.0
     if config.pull:
-        anchored = trained / config.pull.every * _rows(teacher_guidance(config.pull, record))
-        parts.append(Work("anchor", anchored))
+        parts.append(Work("anchor", trained * anchored))
     if config.objective == "policy_gradient":
-        parts.append(Work("teachers, for the reward-to-go", r.steps * taught))
+        parts.append(Work("teachers and anchor, for the reward-to-go", r.steps * (taught + anchored)))
         parts.append(_with_backward("student, trained on its actions", sum(schedule.stochastic) * rows, config))
     return parts
 

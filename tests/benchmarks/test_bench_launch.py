@@ -108,14 +108,14 @@ def test_several_nodes_meet_at_the_first_each_with_its_rank(tmp_path):
 
 def test_an_array_divides_a_run_into_all_its_shards(tmp_path):
     shards = []
-    for number in ("5", "6", "7"):
-        place = tmp_path / number
+    for number, again in (("0", {}), ("1", {}), ("2", {}), ("1", {"SHARDS": "3", "SLURM_ARRAY_TASK_COUNT": "1"})):
+        place = tmp_path / f"{number}{len(again)}"
         place.mkdir()
-        array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3"}
+        array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_COUNT": "3"} | again
         (words,) = started(place, "evaluate.sbatch", "--bench", "geneval", OUT="runs/x", **array)
         assert words[:5] == ["flowopd-eval", "--bench", "geneval", "--out", "runs/x"]
         shards.append(Shard.parse(words[words.index("--shard") + 1]))
-    assert [(s.index, s.count) for s in shards] == [(0, 3), (1, 3), (2, 3)]
+    assert [(s.index, s.count) for s in shards] == [(0, 3), (1, 3), (2, 3), (1, 3)]
 
 
 @pytest.mark.parametrize("script", ["one_node.sbatch", "nodes.sbatch", "evaluate.sbatch"])

@@ -55,6 +55,12 @@ def test_the_exponent_of_a_power_law_is_its_power(power):
     assert measure.exponent(sizes, [3 * n**power for n in sizes]) == pytest.approx(power)
 
 
+def test_a_fixed_cost_does_not_hide_growth():
+    sizes = [100, 300, 1000, 3000, 10_000]
+    assert measure.exponent(sizes, [1 + 1e-6 * n**2 for n in sizes]) > 1.2
+    assert measure.exponent(sizes, [5 + 1e-3 * n for n in sizes]) < 1
+
+
 def test_a_childs_memory_is_its_own_and_its_failure_is_told():
     small = measure.child([sys.executable, "-c", "print('here')"])
     large = measure.child([sys.executable, "-c", "x = b'x' * 200_000_000"])
