@@ -538,6 +538,17 @@ def test_nft_is_pulled_towards_the_base_as_strongly_as_asked(tiny, tmp_path):
     assert weak[-1] > 2 * strong[-1]
 
 
+def test_nft_pulls_where_all_scored_alike_too_however_the_batch_is_cut(tiny, tmp_path):
+    tasks = tiny.values("nft", tmp_path)["tasks"]
+    tasks = [tasks[0], tasks[1] | {"rewards": {tiny.reward("Flat"): 1.0}}]
+    changes = {"tasks": tasks, "start": tiny.teacher("one"), "base_weight": 1.0, "batch_size": 8, "guidance": 3.0}
+    found = []
+    for micro in (2, 8):
+        policies, _ = first_update(tiny.recipe("nft", tmp_path / str(micro), micro_batch=micro, **changes), NFT)
+        found.append(gradient(policies))
+    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
+
+
 def test_rows_of_different_noise_levels_are_guided_each_at_its_own(tiny, tmp_path):
     policies = Policies(tiny.recipe("nft", tmp_path, start=tiny.teacher("one")), CPU)
     policies.prepare_text(["a red star", "two circles"])
