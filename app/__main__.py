@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -15,35 +16,77 @@ from flowopd_eval.terminal import status
 
 _VOTES = Path("runs/app/votes.sqlite")
 _RUNS = Path("runs")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def start(
     model: Annotated[str, typer.Option(help="Family to draw with: tiny or flow-opd.")] = "tiny",
-    lora: Annotated[list[str] | None, typer.Option(metavar="NAME=SOURCE", help="A further model; repeatable.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="Folder of finished runs (default: runs, if there is one).")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER[@GUIDANCE]",
+            help="A further model, drawn with the base's guidance scale or with GUIDANCE; repeatable.",
+        ),
+    ] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of finished runs (default: runs).")] = None,
     votes: Annotated[Path, typer.Option(help="SQLite file of the blind votes.")] = _VOTES,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: this machine only).")] = None,
-    port: Annotated[int | None, typer.Option(help="Port (default: the first free one from 7860).")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port (default: the first free one from 7860).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
 ) -> None:
     """Student against experts, in the browser."""
-    loras = dict(_named(text) for text in lora or ())
-    shown = runs or (_RUNS if _RUNS.is_dir() else None)
+    _check(runs, host, port, dtype)
     with status(f"loading {model}"):
         from app import ui
         from app.runs import Runs
-        from app.session import Session
+        from app.session import Lora, Session
         from app.vote import Ballot
         from flowopd_eval.job import device_of
 
-        ballot, finished = Ballot(votes), Runs(shown) if shown else None
+        loras = dict(Lora.named(text) for text in lora or ())
+        ballot, finished = Ballot(votes), Runs(runs or _RUNS)
         if lacking := _lacking(model):
             print(f"app: {lacking}", file=sys.stderr)
             page = ui.start_page(model, lacking)
         else:
             page = ui.page(Session(model, loras, device_of(device), dtype), ballot, finished)
-    ui.serve(page, host, port)
+    try:
+        ui.serve(page, host, port)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise RequestError(_no_port(port)) from None
+
+
+def _check(runs: Path | None, host: str | None, port: int | None, dtype: str | None) -> None:
+    """Raises ``RequestError`` for what can be refused before a model is loaded, which takes minutes for a real one."""
+    if runs is not None and not runs.is_dir():
+        raise RequestError(f"--runs {runs}: there is no such folder.")
+    if dtype not in (None, *_DTYPES):
+        raise RequestError(f"--dtype {dtype}: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.")
+    _listen(host, 0, f"--host {host}: this machine cannot listen there; give an address of its own, or leave it out.")
+    if port is not None:
+        _listen(host, port, _no_port(port))
+
+
+def _listen(host: str | None, port: int, refusal: str) -> None:
+    """Raises ``RequestError`` with ``refusal`` where nothing can listen."""
+    try:
+        found = socket.getaddrinfo(host or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(*found[:2]) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(found[4])
+    except OSError:
+        raise RequestError(refusal) from None
+
+
+def _no_port(port: int | None) -> str:
+    if port is None:
+        return "No port from 7860 on is free; choose one with --port."
+    return f"--port {port} is taken; leave --port out or choose another."
 
 
 def _lacking(model: str) -> str:
@@ -57,13 +100,6 @@ def _lacking(model: str) -> str:
     except RequestError as error:
         return str(error)
     return ""
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, sign, source = text.partition("=")
-    if not (sign and name and source):
-        raise RequestError(f"--lora {text}: expected NAME=SOURCE, such as mine=runs/train/mine.")
-    return name, source
 
 
 def run() -> None:

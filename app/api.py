@@ -21,7 +21,7 @@ from app.compare_tab import restorable
 from app.examples import EXAMPLES
 from app.judging import best
 from app.picture import read_comparison, write_comparison
-from app.runs import Runs, chosen, marks, pictures
+from app.runs import VERDICTS, Runs, chosen, marks, pictures
 from app.session import Drawn, Session, Step
 from app.told import DRAWING, in_words, on_a_shared_gpu
 from app.vote_tab import Pair, Polling
@@ -205,6 +205,8 @@ def _offer_runs(given: Runs | None) -> None:
         page: int = 0,
     ) -> dict[str, Any]:
         """The addresses of a run's pictures by model, metric, task, verdict, or the models' disagreement."""
+        if verdict not in (None, *VERDICTS):
+            raise RequestError(f"Verdict: expected {', '.join(VERDICTS)}, or null for any, but got {verdict!r}.")
         found = pictures(here().load(name))
         left = chosen(found, model=model, key=key, task=task, said=verdict, disagree=disagree)
         start = max(0, page) * _PAGE
@@ -221,9 +223,14 @@ def _offer_runs(given: Runs | None) -> None:
         return {"count": len(left), "pictures": listed}
 
     def run_picture(name: str, model: str, key: str, id: str, k: int) -> dict[str, Any]:
-        """One picture at full size with its boxes and its provenance."""
-        picture, one, facts = here().picture(name, {"model": model, "key": key, "id": id, "k": k})
-        return {"picture": cards.data_url(picture, exact=True), "boxes": marks(one), "provenance": facts}
+        """One picture at full size with its boxes and its provenance; no boxes and no score where it is not intact."""
+        full = here().picture(name, {"model": model, "key": key, "id": id, "k": k})
+        return {
+            "picture": cards.data_url(full.picture, exact=True),
+            "intact": full.intact,
+            "boxes": marks(full.shown) if full.intact else [],
+            "provenance": full.facts,
+        }
 
     for function in (runs, run, run_csv, run_comparison, run_pictures, run_picture):
         gr.api(_polite(function), api_name=function.__name__)

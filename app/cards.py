@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from app.judging import TITLES, Seat, best
+from app.judging import DIGITS, MEANING, TITLES, Seat, best
 from app.session import Arm, Drawn
+from app.wanted import steps_in_words
 from flowopd_eval.records import Score
 from flowopd_eval.report import boxes
 from flowopd_eval.store import flat
@@ -84,10 +85,11 @@ def said(flag: str, score: Score) -> str:
         return f"not judged: {score.error or 'no reason given'}"
     if flag == "geneval":
         return "right" if score.value == 1 else f"wrong: {score.reason}"
+    number = f"{score.value:.{DIGITS[flag]}f}"
     if flag == "ocr":
         read = score.detail.get("recognised")
-        return f"{score.value:.2f}, reads “{read}”" if read else f"{score.value:.2f}, reads nothing"
-    return f"{score.value:.3f}"
+        return f"{number}, reads “{read}”" if read else f"{number}, reads nothing"
+    return number
 
 
 def lines(drawn: Sequence[Drawn]) -> dict[str, list[tuple[str, bool]]]:
@@ -123,7 +125,7 @@ def comparison(
 
 def _card(prompt: str, arm: Arm, one: Drawn | None, top: Mapping[str, set[str]], drawing: bool, going: bool) -> str:
     if one is None:
-        text = "Drawing…" if drawing else "Waiting for its turn" if going else "Not drawn: stopped before its turn"
+        text = "Drawing…" if drawing else "Waiting for its turn" if going else "Not drawn: stopped"
         body = f'<div class="frame waiting{" now" if drawing else ""}"><span>{text}</span></div>'
         return f'<article class="arm">{body}<h3>{escape(arm.name)}</h3><p class="by">{escape(arm.about)}</p></article>'
     if one.picture is None:
@@ -131,9 +133,10 @@ def _card(prompt: str, arm: Arm, one: Drawn | None, top: Mapping[str, set[str]],
         return f'<article class="arm">{body}<h3>{escape(arm.name)}</h3><p class="by">{escape(arm.about)}</p></article>'
     marks = [mark for score in one.scores.values() for mark in boxes(score.detail)]
     sampling = one.identity["sampling"]
-    by = f"{sampling['steps']} steps · guidance {sampling['guidance']:g} · {one.seconds:.1f} s"
+    by = f"{steps_in_words(sampling['steps'])} · guidance {sampling['guidance']:g} · {one.seconds:.1f} s"
     rows = "".join(_score(flag, score, one.arm in top.get(flag, ())) for flag, score in one.scores.items())
-    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in flat(one.identity))
+    told = [("seed", one.seed), *flat(one.identity)]
+    facts = "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in told if v not in (None, ""))
     return (
         f'<article class="arm">{framed(one.picture, f"{arm.name}: {prompt}", marks)}'
         f'<h3>{escape(arm.name)}</h3><p class="by">{by}</p><ul class="scores">{rows}</ul>'
@@ -146,7 +149,8 @@ def _score(flag: str, score: Score, is_best: bool) -> str:
     if flag == "geneval" and score.value is not None:
         kind = "right" if score.value == 1 else "wrong"
     badge = '<span class="badge">best</span>' if is_best else ""
-    return f'<li class="{kind}"><b>{TITLES[flag]}</b><span>{escape(said(flag, score))}</span>{badge}</li>'
+    judge = f'<abbr title="{escape(MEANING[flag])}">{TITLES[flag]}</abbr>'
+    return f'<li class="{kind}"><b>{judge}</b><span>{escape(said(flag, score))}</span>{badge}</li>'
 
 
 def _absent(seats: Sequence[Seat]) -> str:

@@ -14,7 +14,7 @@ from app.examples import EXAMPLES, example
 from app.picture import Saved, enlarged, read_comparison, write_comparison
 from app.session import Drawn, Session, Step
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
-from app.wanted import GUIDANCE, PROMPT, SEED, STEPS, Wanted, wanted
+from app.wanted import GUIDANCE, SEED, STEPS, Wanted, steps_in_words, wanted
 from flowopd_eval.errors import RequestError
 
 _IDLE = cards.empty(
@@ -30,6 +30,9 @@ _SEE = """(...asked) => {
   if (window.innerWidth < 700) document.querySelector("#status").scrollIntoView({behavior: "smooth"});
   return asked;
 }"""
+
+# In the page itself: the server would answer only after its turn, and its answer could overtake that of the drawing.
+_BUSY = """() => [{__type__: "update", interactive: false}, {__type__: "update", interactive: true}]"""
 
 
 class CompareTab:
@@ -53,7 +56,6 @@ class CompareTab:
                     label="Prompt",
                     lines=2,
                     max_lines=5,
-                    max_length=PROMPT,
                     submit_btn=False,
                     elem_id="prompt",
                 )
@@ -71,7 +73,8 @@ class CompareTab:
                 if problems := [arm for arm in session.arms.values() if arm.problem]:
                     gr.HTML(cards.notice("; ".join(f"{arm.name} is not available: {arm.problem}" for arm in problems)))
                 with gr.Row(equal_height=True, elem_classes="seed"):
-                    self.seed = gr.Number(7, label="Seed", precision=0, minimum=0, maximum=SEED, min_width=120)
+                    # Without limits of gradio's: it rounds, or answers with a trace, where the request has words.
+                    self.seed = gr.Number(7, label="Seed", min_width=120, elem_id="seed")
                     self.dice = gr.Button("Another seed", size="sm", min_width=120)
                 with gr.Accordion("Settings", open=False):
                     self.own_steps = gr.Checkbox(True, label="Each model's own number of steps")
@@ -88,10 +91,14 @@ class CompareTab:
                     )
                 with gr.Row(equal_height=True):
                     self.draw = gr.Button("Draw", variant="primary", min_width=100, elem_id="draw")
-                    self.stop = gr.Button("Stop", min_width=100, elem_id="stop")
+                    self.stop = gr.Button("Stop", interactive=False, min_width=100, elem_id="stop")
                 with gr.Accordion("Restore a saved comparison", open=False):
                     self.dropped = gr.File(
-                        label="Drop its PNG here", file_types=[".png"], height=120, elem_id="dropped"
+                        label="PNG of a comparison",
+                        show_label=False,  # it would lie over gradio's own words
+                        file_types=[".png"],
+                        height=140,
+                        elem_id="dropped",
                     )
             with gr.Column(scale=5, min_width=320):
                 self.status = gr.HTML("", elem_id="status")
@@ -112,10 +119,13 @@ class CompareTab:
         settings = [self.own_steps, self.steps, self.own_guidance, self.guidance, self.side]
         asked = [self.prompt, self.seed, self.arms, *settings]
         shown = [self.status, self.grid, self.save, self.pair, self.left, self.right, self.slider, self.results]
+        shown += [self.draw, self.stop]
         private: dict[str, Any] = {"api_visibility": "private"}
         at_once: dict[str, Any] = {**private, "queue": False, "show_progress": "hidden"}
+        begun = [self.draw.click, self.prompt.submit]
+        gr.on(begun, None, None, [self.draw, self.stop], js=_BUSY, **at_once)
         drawing = gr.on(
-            [self.draw.click, self.prompt.submit],
+            begun,
             on_a_shared_gpu(self.compare),
             asked,
             shown,
@@ -126,7 +136,9 @@ class CompareTab:
             **DRAWING,
             **private,
         )
-        self.stop.click(self.stopped, [self.results], shown, cancels=[drawing], **at_once)
+        self.stop.click(None, None, None, cancels=[drawing], **at_once)
+        # After the server has ended the drawing, so that no late step of it overwrites what is left.
+        drawing.failure(self.stopped, [self.results], shown, **at_once)
         gr.on(
             [self.left.input, self.right.input], self.lay, [self.left, self.right, self.results], self.slider, **at_once
         )
@@ -150,28 +162,29 @@ class CompareTab:
         try:
             request = self.request(*asked_for)
             asked = [self.session.arms[name] for name in request.arms]
-            yield cards.notice("Starting…"), self._cards(request, drawn, True), *idle, (request, [])
+            yield cards.notice("Starting…"), self._cards(request, drawn, True), *idle, (request, []), *[gr.skip()] * 2
             for event in self.session.draw(request):
                 if isinstance(event, Step):
                     at = len(drawn) * event.steps + event.done
                     text = f"{event.arm}: step {event.done} of {event.steps} · picture {len(drawn) + 1} of {len(asked)}"
                     text = f"{event.arm}: judging" if event.done == event.steps else text
-                    yield cards.progress(text, at, event.steps * len(asked)), *[gr.skip()] * 7
+                    yield cards.progress(text, at, event.steps * len(asked)), *[gr.skip()] * 9
                 else:
                     drawn.append(event)
-                    yield gr.skip(), self._cards(request, drawn, True), *[gr.skip()] * 5, (request, list(drawn))
+                    done = (request, list(drawn))
+                    yield gr.skip(), self._cards(request, drawn, True), *[gr.skip()] * 5, done, *[gr.skip()] * 2
         except Exception as error:
-            yield cards.notice(in_words(error), "bad"), *[gr.skip()] * 7
+            yield cards.notice(in_words(error), "bad"), *[gr.skip()] * 7, *_idle()
             return
         yield self._finished(request, drawn, "")
 
     def stopped(self, results: tuple[Wanted, list[Drawn]] | None) -> tuple[Any, ...]:
-        """What is left when somebody stops: the pictures that were done."""
+        """What is left when somebody stops: the pictures that were done, this time or, before its turn, the last."""
         if results is None:
-            return (gr.skip(),) * 8
+            return cards.notice("Stopped before anything was drawn."), *[gr.skip()] * 7, *_idle()
         request, drawn = results
         if len(drawn) == len(request.arms):
-            return (gr.skip(),) * 8
+            return self._finished(request, drawn, "")
         return self._finished(request, drawn, f"Stopped with {len(drawn)} of {len(request.arms)} pictures drawn.")
 
     def _finished(self, request: Wanted, drawn: list[Drawn], stopped: str) -> tuple[Any, ...]:
@@ -200,6 +213,7 @@ class CompareTab:
             gr.update(choices=names, value=pair[1]),
             _laid(good, *pair),
             (request, drawn),
+            *_idle(),
         )
 
     def lay(self, left: str, right: str, results: tuple[Wanted, list[Drawn]] | None) -> Any:
@@ -263,9 +277,14 @@ class CompareTab:
         return cards.comparison(request.prompt, asked, drawn, seats, drawing=drawing)
 
 
+def _idle() -> tuple[Any, Any]:
+    """The buttons Draw and Stop while nothing is drawn."""
+    return gr.update(interactive=True), gr.update(interactive=False)
+
+
 def _arm_label(arm: Any) -> str:
     record = arm.spec.record
-    return f"{arm.name} · {record.steps} steps, guidance {record.guidance:g}"
+    return f"{arm.name} · {steps_in_words(record.steps)}, guidance {record.guidance:g}"
 
 
 def _laid(good: dict[str, Drawn], left: str | None, right: str | None) -> Any:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAGS = {"coco": ("geneval", "ocr", "preference"), "shapes": ("geneval", "ocr", "quality", "preference")}
+DIGITS = {"geneval": 0, "ocr": 2, "quality": 3, "preference": 3}  # after the point, as a score is shown
+MEANING = {
+    "geneval": "Whether the picture holds the objects, counts, colours and places that the prompt names.",
+    "ocr": "How much of the quoted text can be read in the picture: 1 is all of it.",
+    "quality": "How clean the lines are: 1 is flat colours with sharp edges, 0 where nothing is drawn.",
+    "preference": "How people would like the picture as an answer to the prompt, as PickScore predicts it.",
+}
 TITLES = {"geneval": "GenEval", "ocr": "Text", "quality": "Clean lines", "preference": "PickScore"}
 
 
@@ -115,11 +122,12 @@ def scores(seats: Sequence[Seat], picture: Image.Image) -> dict[str, Score]:
 
 
 def best(by_arm: Mapping[str, Mapping[str, Score]]) -> dict[str, set[str]]:
-    """By judge, the arms with the highest score: none where fewer than two are scored or all are equal."""
+    """By judge, the arms with the highest score as shown: none where fewer than two are scored or all are equal."""
     found: dict[str, set[str]] = {}
     for flag in TITLES:
-        values = {arm: s[flag].value for arm, s in by_arm.items() if flag in s and s[flag].value is not None}
+        scored = {arm: s[flag].value for arm, s in by_arm.items() if flag in s}
+        values = {arm: round(value, DIGITS[flag]) for arm, value in scored.items() if value is not None}
         if len(set(values.values())) > 1:
-            top = max(values.values())  # type: ignore[type-var]
+            top = max(values.values())
             found[flag] = {arm for arm, value in values.items() if value == top}
     return found

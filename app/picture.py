@@ -13,7 +13,7 @@ from typing import Any, Literal
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app.wanted import Wanted
+from app.wanted import Wanted, steps_in_words
 from flowopd_eval.errors import RequestError
 from flowopd_eval.records import Score
 from flowopd_eval.store import read_picture
@@ -165,7 +165,7 @@ def _sheet(
 
 def _by(identity: Mapping[str, Any]) -> str:
     sampling = identity["sampling"]
-    return f"{identity['model']} · {sampling['steps']} steps, guidance {sampling['guidance']:g}"
+    return f"{identity['model']} · {steps_in_words(sampling['steps'])}, guidance {sampling['guidance']:g}"
 
 
 def _footer(settings: Wanted, drawn: Mapping[str, Mapping[str, Any]]) -> str:

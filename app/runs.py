@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flowopd_eval import store
 from flowopd_eval.benches import BENCHES
@@ -44,16 +44,25 @@ class Shown:
         return {"model": self.model, "key": self.key, "id": self.sample.id, "k": self.sample.k}
 
 
+class Full(NamedTuple):
+    """A picture as it lies there, what was said of the one drawn, its provenance, and whether it is that one."""
+
+    picture: Image.Image
+    shown: Shown
+    facts: dict[str, Any]
+    intact: bool
+
+
 class Runs:
     """The runs in ``root``, which is one itself or holds some, at most five folders down; links are not followed.
+
+    The folder is looked at anew each time: it may come, and runs in it, after the server's start.
 
     A client names a run by one of :meth:`names`, and a picture by model, metric, prompt id and number: no path that a
     client gives is ever opened.
     """
 
     def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise RequestError(f"--runs {root}: there is no such folder.")
         self.root = root.resolve()
 
     def names(self) -> list[str]:
@@ -91,11 +100,11 @@ class Runs:
             summaries.setdefault(entry.summary["model"], {})[entry.summary["bench"]] = entry.summary
         return "\n".join(text for _, text in comma_separated(Results(summaries)))
 
-    def picture(self, name: str, address: Mapping[str, Any]) -> tuple[Image.Image, Shown, dict[str, Any]]:
-        """A picture, what was said of it, and its provenance.
+    def picture(self, name: str, address: Mapping[str, Any]) -> Full:
+        """A picture with its provenance. Of bytes that were changed after they were judged, no verdict is told.
 
         Raises:
-            RequestError: there is none of that address, or what lies there is not what the run drew.
+            RequestError: there is none of that address, or it cannot be read.
         """
         run = self.load(name)
         one = next((shown for shown in pictures(run) if shown.address == dict(address)), None)
@@ -107,20 +116,19 @@ class Runs:
             found, picture = store.file_sha256(path), store.read_picture(path)
         except (OSError, ValueError, SyntaxError) as error:
             raise RequestError(f"The picture {path.name} is gone or cannot be read.") from error
+        intact = found == one.sample.sha256
+        judged = {"score": one.sample.score, "said": one.sample.reason or one.sample.error or ""}
         facts = {
             "prompt": one.sample.prompt,
             "prompt id": one.sample.id,
             "task": one.sample.task,
             "picture of the prompt": one.sample.k,
             "seed": one.sample.seed,
-            "score": one.sample.score,
-            "said": one.sample.reason or one.sample.error or "",
-            "sha256": one.sample.sha256
-            if found == one.sample.sha256
-            else f"{found}, not the {one.sample.sha256} drawn",
+            **(judged if intact else {}),
+            "sha256": found if intact else f"{found}, not the {one.sample.sha256} drawn",
             **dict(store.flat({"generator": entry.summary["generator"], "judge": entry.summary["scorer"] or {}})),
         }
-        return picture, one, facts
+        return Full(picture, one, facts, intact)
 
     def thumbnail(self, folder: BenchFolder, sample: Sample) -> Image.Image | None:
         """A picture of a list; None for one that is gone, broken, or outside the run."""
@@ -128,6 +136,13 @@ class Runs:
             return store.read_picture(folder.picture(sample.file))
         except (OSError, ValueError, SyntaxError):
             return None
+
+    def intact(self, folder: BenchFolder, sample: Sample) -> bool:
+        """Whether a picture's bytes are those that were drawn."""
+        try:
+            return store.file_sha256(folder.picture(sample.file)) == sample.sha256
+        except (OSError, ValueError):
+            return False
 
 
 @lru_cache(maxsize=4)

@@ -11,38 +11,47 @@ import gradio as gr
 
 from app import cards
 from app.picture import enlarged
-from app.runs import VERDICTS, Runs, Shown, chosen, marks, pictures
+from app.runs import VERDICTS, Full, Runs, Shown, chosen, marks, pictures
 from app.told import in_words, saved_file
 from app.wanted import shown
 from flowopd_eval.compare import number, signed
 from flowopd_eval.errors import RequestError
 from flowopd_eval.report import Entry, Run
+from flowopd_eval.store import BenchFolder
 
 PAGE = 24  # pictures
 _ANY = "any"
+_CHANGED = "These are not the bytes that were drawn."
 _MARKS = {"right": "✓", "wrong": "✗", "unscored": "?", "scored": ""}
+
+_SEE = """() => document.querySelector("#detail").scrollIntoView({behavior: "smooth", block: "start"})"""
 
 
 class RunsTab:
     """The components of the tab and what they do."""
 
     def __init__(self, runs: Runs | None) -> None:
-        if runs is None or not (names := runs.names()):
-            gr.HTML(
-                cards.empty(
-                    "No finished runs here",
-                    "Draw and score one, then start the demo in the same folder, or name the folder with --runs.",
-                    "flowopd-eval --bench geneval --limit 4 && python -m app",
-                )
-            )
+        names = runs.names() if runs else []
+        self.none = gr.HTML(
+            cards.empty(
+                "No finished runs here",
+                "Draw and score one in the folder in which the demo was started, or start it with --runs and the "
+                "folder of your runs. Reloading this page shows new runs.",
+                "flowopd-eval --bench geneval --limit 4",
+            ),
+            visible=not names,
+            elem_id="no-runs",
+        )
+        if runs is None:
             return
         self.runs = runs
-        self._build(names)
+        with gr.Column(visible=bool(names)) as self.some:
+            self._build(names)
         self._connect()
 
     def _build(self, names: Sequence[str]) -> None:
         with gr.Row(elem_classes="beside"):
-            self.name = gr.Dropdown(list(names), value=names[0], label="Run", scale=4, elem_id="run")
+            self.name = gr.Dropdown(list(names), value=next(iter(names), None), label="Run", scale=4, elem_id="run")
             self.csv = gr.DownloadButton("Save the tables as CSV", size="sm", min_width=160, elem_id="run-csv")
         self.tables = gr.HTML("", elem_id="run-tables")
         with gr.Row(elem_classes="filters"):
@@ -95,17 +104,27 @@ class RunsTab:
                 wall,
                 **quiet,
             )
-        self.gallery.select(self.look, [self.name, self.listed], self.detail, **quiet)
+        looked = self.gallery.select(self.look, [self.name, self.listed], self.detail, **quiet)
+        looked.then(None, js=_SEE, api_visibility="private")
         self.start = (self.open, self.name, opened, self.wall, [self.name, *filters, gr.State(0)], wall, quiet)
 
     def begin(self, page: gr.Blocks) -> None:
-        """Open the first run when the page is loaded."""
+        """Look for runs when the page is loaded, and open the newest."""
         if hasattr(self, "start"):
             opening, name, opened, wall, asked, out, quiet = self.start
-            page.load(opening, name, opened, **quiet).then(wall, asked, out, **quiet)
+            there = page.load(self.refresh, None, [self.none, self.some, self.name], api_visibility="private")
+            there.then(opening, name, opened, **quiet).then(wall, asked, out, **quiet)
 
-    def open(self, name: str) -> tuple[Any, ...]:
+    def refresh(self) -> tuple[Any, ...]:
+        """The runs that there are now."""
+        names = self.runs.names()
+        newest = next(iter(names), None)
+        return gr.update(visible=not names), gr.update(visible=bool(names)), gr.update(choices=names, value=newest)
+
+    def open(self, name: str | None) -> tuple[Any, ...]:
         """A run's tables, and what its pictures can be filtered by."""
+        if name is None:
+            return (gr.skip(),) * 5
         try:
             run = self.runs.load(name)
             csv = saved_file(self.runs.csv(name).encode(), "run.csv")
@@ -148,8 +167,12 @@ class RunsTab:
         notes = cards.notice(" ".join(result.notes)) if result.notes else ""
         return f'<details class="differences" open><summary>Differences</summary>{"".join(parts)}{notes}</details>'
 
-    def wall(self, name: str, key: str, model: str, task: str, said: str, disagree: bool, page: int) -> tuple[Any, ...]:
+    def wall(
+        self, name: str | None, key: str, model: str, task: str, said: str, disagree: bool, page: int
+    ) -> tuple[Any, ...]:
         """A page of the pictures that the filters leave."""
+        if name is None:
+            return (gr.skip(),) * 6
         try:
             run = self.runs.load(name)
         except Exception as error:
@@ -160,13 +183,7 @@ class RunsTab:
         on_page = left[page * PAGE : (page + 1) * PAGE]
         folders = {(e.summary["model"], e.summary["key"]): e.folder for e in run.entries}
         several = len({one.model for one in left}) > 1
-        items = []
-        for one in on_page:
-            picture = self.runs.thumbnail(folders[one.model, one.key], one.sample)
-            if picture is not None:
-                items.append((enlarged(picture, 128), _caption(one, several)))
-            else:
-                items.append((_gone(), f"gone: {one.sample.prompt}"))
+        items = [self._item(folders[one.model, one.key], one, several) for one in on_page]
         words = (
             f"{len(left):,} pictures · page {page + 1} of {pages}" if left else "No picture is left by these filters."
         )
@@ -179,6 +196,14 @@ class RunsTab:
             [one.address for one in on_page],
         )
 
+    def _item(self, folder: BenchFolder, one: Shown, several: bool) -> tuple[Any, str]:
+        """A thumbnail and its caption; a verdict only on the bytes that were judged."""
+        picture = self.runs.thumbnail(folder, one.sample)
+        if picture is None:
+            return _gone(), f"gone: {one.sample.prompt}"
+        caption = _caption(one, several) if self.runs.intact(folder, one.sample) else f"changed: {one.sample.prompt}"
+        return enlarged(picture, 128), caption
+
     def turned(self, by: int, *values: Any) -> tuple[Any, ...]:
         """The page ``by`` further on."""
         name, key, model, task, said, disagree, page = values
@@ -189,19 +214,28 @@ class RunsTab:
         try:
             if not isinstance(event.index, int) or not 0 <= event.index < len(listed):
                 raise RequestError("There is no such picture on this page.")
-            picture, one, facts = self.runs.picture(name, listed[event.index])
+            full = self.runs.picture(name, listed[event.index])
         except Exception as error:
             return cards.notice(in_words(error), "bad")
-        told = {name: str(value) for name, value in facts.items() if value not in ("", None)}
-        rows = "".join(f"<dt>{cards.escape(k)}</dt><dd>{cards.escape(v)}</dd>" for k, v in told.items())
-        framed = cards.framed(picture, one.sample.prompt, marks(one))
-        return (
-            f'<section class="results detail">{framed}<div><h3>{cards.escape(one.sample.prompt)}</h3>'
-            f'<p class="verdict {one.verdict}">{cards.escape(one.model)} · {cards.escape(one.verdict)}'
-            f"{': ' + cards.escape(one.sample.reason) if one.sample.reason else ''}</p>"
-            f'<label class="toggle"><input type="checkbox" checked> Show what the judge saw</label>'
-            f'<dl class="facts">{rows}</dl></div></section>'
-        )
+        return detail(full)
+
+
+def detail(full: Full) -> str:
+    """A picture at full size beside its provenance; boxes and verdict only where it is the one that was judged."""
+    one = full.shown
+    told = {name: str(value) for name, value in full.facts.items() if value not in ("", None)}
+    rows = "".join(f"<dt>{cards.escape(k)}</dt><dd>{cards.escape(v)}</dd>" for k, v in told.items())
+    seen = marks(one) if full.intact else []
+    changed = "" if full.intact else cards.notice(_CHANGED, "bad")
+    reason = f": {one.sample.reason}" if one.sample.reason else ""
+    said = f"{one.model} · {one.verdict}{reason}" if full.intact else one.model
+    toggle = '<label class="toggle"><input type="checkbox" checked> Show what the judge saw</label>' if seen else ""
+    return (
+        f'{changed}<section class="results detail">{cards.framed(full.picture, one.sample.prompt, seen)}'
+        f"<div><h3>{cards.escape(one.sample.prompt)}</h3>"
+        f'<p class="verdict {one.verdict if full.intact else ""}">{cards.escape(said)}</p>'
+        f'{toggle}<dl class="facts">{rows}</dl></div></section>'
+    )
 
 
 def _filters(key: str, model: str, task: str, said: str) -> dict[str, str | None]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.judging import Panel, Seat, scores
-from app.wanted import SIDES, Wanted, shown
+from app.wanted import GUIDANCE, SIDES, Wanted, shown
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.models import FAMILIES, Backbone, ModelGenerator, ModelSpec, load_adapter, resolve
 from flowopd_eval.records import SamplingRecord, Score
@@ -35,6 +37,37 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter of the user's own. ``guidance`` None: it draws with the base's scale."""
+
+    source: str
+    guidance: float | None = None
+
+    @classmethod
+    def named(cls, text: str) -> tuple[str, Lora]:
+        """Name and adapter out of ``NAME=SOURCE`` or ``NAME=SOURCE@GUIDANCE``. Raises ``RequestError``."""
+        name, sign, source = text.partition("=")
+        if not (sign and name and source):
+            raise RequestError(
+                f"--lora {text}: expected NAME=FOLDER or NAME=FOLDER@GUIDANCE, such as mine=runs/x/adapter@1."
+            )
+        whole, at, last = source.rpartition("@")
+        # A folder may have an @ in its name, and hub:REPO@REVISION has one before that of the guidance.
+        if not at or Path(source).exists() or (source.startswith("hub:") and "@" not in whole):
+            return name, cls(source)
+        try:
+            guidance = float(last)
+        except ValueError:
+            guidance = math.nan
+        if not (whole and 0 <= guidance <= GUIDANCE):
+            raise RequestError(
+                f"--lora {text}: expected a guidance scale from 0 to {GUIDANCE:g} after the @, such as "
+                f"mine=runs/x/adapter@1, but got {last!r}."
+            )
+        return name, cls(whole, guidance)
+
+
+@dataclass(frozen=True)
 class Step:
     """An arm has done ``done`` of ``steps``; at the last one it is about to be judged."""
 
@@ -51,6 +84,7 @@ class Drawn:
     picture: Image.Image | None = None
     scores: Mapping[str, Score] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
     seconds: float = 0.0
     error: str = ""
 
@@ -64,7 +98,7 @@ class Session:
 
     Args:
         family: ``tiny`` or ``flow-opd``.
-        loras: further arms, name -> LoRA in any layout that the toolkit reads.
+        loras: further arms, name -> LoRA in any layout that the toolkit reads, with its guidance scale.
         device: where it draws.
         dtype: name of a torch dtype; None takes the family's.
 
@@ -73,7 +107,7 @@ class Session:
     """
 
     def __init__(
-        self, family: str, loras: Mapping[str, str] | None = None, device: str = "cpu", dtype: str | None = None
+        self, family: str, loras: Mapping[str, Lora] | None = None, device: str = "cpu", dtype: str | None = None
     ) -> None:
         if family not in FAMILIES:
             raise RequestError(f"--model {family}: the demo shows a family of models: {', '.join(FAMILIES)}.")
@@ -87,13 +121,19 @@ class Session:
         self.arms: dict[str, Arm] = {}
         for name, member in self.family.members.items():
             self._add(Arm(name, resolve(f"{family}:{name}"), member.about))
-        for name, source in (loras or {}).items():
-            if name in self.arms:
-                raise RequestError(f"--lora {name}=…: {family} has a member of that name; choose another.")
-            arm = Arm(name, replace(resolve(f"{family}:base", source), name=f"{family}:{name}"), "an adapter of yours")
-            self._add(arm)
-            if self.arms[name].problem:
-                raise RequestError(f"--lora {name}={source}: {self.arms[name].problem}")
+        for name, lora in (loras or {}).items():
+            self._add_lora(name, lora)
+
+    def _add_lora(self, name: str, lora: Lora) -> None:
+        family = self.family.name
+        if name in self.arms:
+            raise RequestError(f"--lora {name}=…: {family} has a member of that name; choose another.")
+        spec = replace(resolve(f"{family}:base", lora.source), name=f"{family}:{name}")
+        if lora.guidance is not None:
+            spec = replace(spec, record=replace(spec.record, guidance=lora.guidance))
+        self._add(Arm(name, spec, "an adapter of yours"))
+        if self.arms[name].problem:
+            raise RequestError(f"--lora {name}={lora.source}: {self.arms[name].problem}")
 
     def _add(self, arm: Arm) -> None:
         """Put an arm on the backbone; one that cannot be had keeps its place, with the reason."""
@@ -136,9 +176,9 @@ class Session:
         """The request with its arms in the page's order. Raises ``RequestError`` for what cannot be drawn here."""
         for name in request.arms:
             if name not in self.arms:
-                raise RequestError(f"Arms: there is no model {name!r} here; there are: {', '.join(self.arms)}.")
+                raise RequestError(f"Models: there is no model {name!r} here; there are: {', '.join(self.arms)}.")
             if problem := self.arms[name].problem:
-                raise RequestError(f"Arms: {name} is not available: {problem}")
+                raise RequestError(f"Models: {name} is not available: {problem}")
         if request.side not in (None, *self.sides):
             choice = ", ".join(map(str, self.sides))
             raise RequestError(f"Side: this family draws {choice} pixels, but got {request.side}.")
@@ -217,7 +257,7 @@ class Session:
             memory = type(error).__name__ == "OutOfMemoryError"
             why = "it ran out of memory; try a smaller size" if memory else "it failed; the server's log says why"
             return Drawn(name, error=f"{name} could not draw: {why}.")
-        return Drawn(name, picture, identity=identity, seconds=time.perf_counter() - began)
+        return Drawn(name, picture, identity=identity, seed=request.seed, seconds=time.perf_counter() - began)
 
     def _picture(
         self, name: str, request: Wanted, tell: Callable[[Step | Drawn | None], None], stop: threading.Event

@@ -112,7 +112,7 @@ def serve(blocks: gr.Blocks, host: str | None, port: int | None, **more: Any) ->
         show_error=False,
         allowed_paths=[],
         max_file_size="32mb",
-        footer_links=["api", "settings"],
+        footer_links=["api"],
         ssr_mode=False,
         share=False,
         **more,

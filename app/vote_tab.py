@@ -14,7 +14,7 @@ from app.examples import EXAMPLES
 from app.session import Drawn, Session, Step
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
 from app.vote import Ballot
-from app.wanted import PROMPT, SEED, Wanted, wanted
+from app.wanted import SEED, Wanted, wanted
 from flowopd_eval.errors import RequestError, WorkError
 
 _IDLE = cards.empty(
@@ -104,7 +104,6 @@ class VoteTab:
         with gr.Row(elem_classes="beside"):
             self.prompt = gr.Textbox(
                 label="Prompt (empty: one of the examples)",
-                max_length=PROMPT,
                 max_lines=3,
                 scale=4,
                 elem_id="vote-prompt",

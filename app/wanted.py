@@ -23,13 +23,14 @@ _WORDS = {
     "tuple_type": "expected a list of names",
     "string_type": "expected text",
     "float_type": "expected a number",
-    "too_short": "choose at least {min_length}",
+    "too_short": "choose at least one",
     "too_long": "choose at most {max_length}",
     "greater_than_equal": "expected {ge} or more",
     "less_than_equal": "expected {le} or less",
     "extra_forbidden": "there is no such setting",
     "missing": "it is missing",
 }
+_CALLED = {"arms": "Models"}  # as on the page
 _TOKEN = re.compile(r"\b(?:hf|sk|ghp|github_pat)_?[-\w]{16,}")
 _PATH = re.compile(r"(?<![\w/:.])(?:[A-Za-z]:)?(?:[\\/][^\s\\/:,;'\"()<>]+){2,}[\\/]?")
 
@@ -71,9 +72,15 @@ def wanted(values: Mapping[str, Any]) -> Wanted:
 def _sentence(one: Mapping[str, Any]) -> str:
     words = _WORDS.get(one["type"], one["msg"].removeprefix("Value error, "))
     got = "" if isinstance(one["input"], dict) else f" (got {shown(repr(one['input']), 60)})"
-    if one["type"] in ("string_too_short", "too_short", "missing"):
+    if one["type"] in ("string_too_short", "too_short", "missing") or one["input"] is None:
         got = ""
-    return f"{str(one['loc'][0]).capitalize()}: {words.format(**one.get('ctx', {}))}{got}."
+    field = str(one["loc"][0])
+    return f"{_CALLED.get(field, field.capitalize())}: {words.format(**one.get('ctx', {}))}{got}."
+
+
+def steps_in_words(steps: int) -> str:
+    """``20 steps``."""
+    return f"{steps} step{'' if steps == 1 else 's'}"
 
 
 def shown(text: object, longest: int = 600) -> str:

@@ -29,13 +29,13 @@ def adapters(tmp_path_factory):
 @pytest.fixture(scope="session")
 def session(adapters):
     """Four arms: the base and three random adapters, in the places of those that ship."""
-    from app.session import Session
+    from app.session import Lora, Session
     from flowopd_eval.models import FAMILIES
 
     family = FAMILIES["tiny"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "tiny", replace(family, members={"base": family.members["base"]}))
-        return Session("tiny", adapters)
+        return Session("tiny", {name: Lora(folder) for name, folder in adapters.items()})
 
 
 @pytest.fixture(scope="session")

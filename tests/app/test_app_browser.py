@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import threading
 import time
 
@@ -52,6 +53,16 @@ def drawn(page, count):
 def pick(page, where, name):
     page.locator(f"{where} input").click()
     page.get_by_role("option", name=name, exact=True).click()
+
+
+def second(page, server):
+    """Another visitor, in the same browser."""
+    other = page.context.browser.new_context(viewport=WIDE)
+    visitor = other.new_page()
+    visitor.set_default_timeout(60 * SECOND)
+    visitor.goto(server)
+    visitor.wait_for_selector("#draw")
+    return visitor
 
 
 def drawing():
@@ -165,7 +176,7 @@ def test_an_empty_prompt_and_no_model_are_messages(page):
     choose(page)
     page.click("#draw")
     page.wait_for_selector("#status .bad")
-    assert page.inner_text("#status").startswith("Prompt: write something. Arms: choose at least 1.")
+    assert page.inner_text("#status").startswith("Prompt: write something. Models: choose at least one.")
 
 
 def test_hostile_prompts_are_shown_as_text(page):
@@ -195,6 +206,89 @@ def test_stop_ends_the_computation_and_keeps_what_was_drawn(page):
     assert "Stopped with 1 of 3" in page.inner_text("#status")
     assert page.locator("#grid .frame img").count() == 1
     assert page.locator("#save").is_visible()
+    assert page.locator("#grid .frame.waiting").all_inner_texts() == ["Not drawn: stopped"] * 2
+    page.wait_for_timeout(700)  # no late step of the drawing comes back
+    assert page.locator("#status progress").count() == 0
+    assert "Stopped with 1 of 3" in page.inner_text("#status")
+
+
+def test_stop_is_heard_at_any_moment_and_drawing_can_begin_again(page):
+    choose(page, "base", "student")
+    few_steps(page, 60)
+    for moment in (0, 40, 150, 300):
+        page.click("#draw")
+        page.wait_for_selector("#status progress")
+        page.wait_for_timeout(moment)
+        page.click("#stop")
+        page.wait_for_function("document.querySelector('#status').innerText.startsWith('Stopped with 0 of 2')")
+        page.wait_for_selector("#draw:enabled")
+        page.wait_for_timeout(300)
+        assert page.locator("#status progress").count() == 0
+        assert page.locator("#grid .frame.now").count() == 0
+        assert not page.get_by_text("Error", exact=True).is_visible()
+
+
+def test_draw_is_off_while_drawing_and_stop_while_not(page):
+    assert page.locator("#draw").is_enabled()
+    assert page.locator("#stop").is_disabled()
+    choose(page, "base")
+    few_steps(page, 40)
+    page.click("#draw")
+    page.wait_for_selector("#draw:disabled")
+    page.wait_for_selector("#stop:enabled")
+    drawn(page, 1)
+    page.wait_for_selector("#draw:enabled")
+    assert page.locator("#stop").is_disabled()
+    choose(page)
+    page.click("#draw")
+    page.wait_for_selector("#status .bad")
+    page.wait_for_selector("#draw:enabled")
+    assert page.locator("#stop").is_disabled()
+
+
+@pytest.mark.parametrize(
+    ("seed", "said"),
+    [
+        ("-1", "Seed: expected 0 or more (got -1)."),
+        ("100000000000000000000", "Seed: expected 4294967295 or less (got 100000000000000000000)."),
+        ("1.5", "Seed: expected a whole number (got 1.5)."),
+        ("", "Seed: expected a whole number."),
+    ],
+)
+def test_a_wrong_seed_is_a_message_of_ours(page, seed, said):
+    page.get_by_label("Seed", exact=True).fill(seed)
+    page.click("#draw")
+    page.wait_for_selector("#status .bad")
+    assert page.inner_text("#status") == said
+    assert page.locator(".toast-wrap .toast-body").count() == 0
+
+
+def test_a_prompt_that_is_too_long_is_not_cut_but_refused(page):
+    page.locator("#prompt textarea").fill("star " * 100)
+    assert len(page.locator("#prompt textarea").input_value()) == 500
+    page.click("#draw")
+    page.wait_for_selector("#status .bad")
+    assert "too long: at most 400 characters" in page.inner_text("#status")
+
+
+def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(page, server):
+    choose(page, "base", "student", "geneval", "ocr")
+    few_steps(page, 100)
+    page.click("#draw")
+    page.wait_for_selector("#status progress")
+    other = second(page, server)
+    waiting = """place => { const e = document.querySelector(place);
+      return /queue/.test(e.innerText) && e.getBoundingClientRect().height >= 20; }"""
+    other.click("#draw")
+    other.wait_for_function(waiting, arg="#status")
+    other.click("#stop")
+    other.wait_for_function("document.querySelector('#status').innerText == 'Stopped before anything was drawn.'")
+    other.get_by_role("tab", name="Blind vote").click()
+    other.click("#ask")
+    other.wait_for_function(waiting, arg="#vote-status")
+    other.context.close()
+    page.click("#stop")
+    page.wait_for_function("document.querySelector('#status').innerText.startsWith('Stopped with')")
 
 
 def test_leaving_the_page_ends_the_computation(page):
@@ -271,8 +365,45 @@ def test_runs_are_shown_filtered_and_opened(page):
     page.wait_for_selector("#detail img")
     assert page.eval_on_selector("#detail img", "e => e.naturalWidth") == 16
     detail = page.inner_text("#detail")
+    page.wait_for_function("""() => { const at = document.querySelector('#detail').getBoundingClientRect();
+      return at.top > -5 && at.top < innerHeight / 2; }""")
     assert "painter:base · wrong" in detail
     assert "generator.sampling.steps" in detail
+
+
+def test_runs_that_come_after_the_start_are_there_after_a_reload(session, browser, runs_folder, tmp_path):
+    from app import ui
+    from app.runs import Runs
+    from app.vote import Ballot
+
+    folder = tmp_path / "runs"
+    blocks = ui.page(session, Ballot(tmp_path / "votes.sqlite"), Runs(folder))
+    _, url, _ = ui.serve(blocks, "127.0.0.1", None, prevent_thread_lock=True, quiet=True)
+    context = browser.new_context(viewport=WIDE)
+    page = context.new_page()
+    page.set_default_timeout(60 * SECOND)
+    try:
+        page.goto(url)
+        page.get_by_role("tab", name="Finished runs").click()
+        page.wait_for_selector("#no-runs:visible")
+        assert "Reloading this page shows new runs" in page.inner_text("#no-runs")
+        for name in ("first", "second"):
+            shutil.copytree(runs_folder / "deep" / "two", folder / name)
+            page.reload()
+            page.get_by_role("tab", name="Finished runs").click()
+            page.wait_for_selector("#gallery button img")
+            assert not page.locator("#no-runs").is_visible()
+        page.locator("#run input").click()
+        page.wait_for_selector("[role=option]")
+        offered = [text.split()[-1] for text in page.get_by_role("option").all_inner_texts()]
+        assert sorted(offered) == ["first", "second"]
+        page.get_by_role("option", name="second").click()
+        page.wait_for_timeout(SECOND)
+        assert page.locator("#run input").input_value() == "second"
+        assert page.locator("#run-tables .notice.bad").count() == 0
+    finally:
+        context.close()
+        blocks.close()
 
 
 def test_the_keyboard_alone_draws(page):

@@ -89,7 +89,7 @@ def test_steps_are_told_on_the_way(client):
         ({"side": 4096}, "Side"),
         ({"seed": -3}, "Seed: expected 0 or more"),
         ({"arms": ["../../etc"]}, "no model"),
-        ({"arms": []}, "choose at least 1"),
+        ({"arms": []}, "choose at least one"),
     ],
 )
 def test_requests_beyond_the_limits_are_refused_in_words(client, asked, said):
@@ -170,6 +170,11 @@ def test_runs_are_read_through_names_and_addresses(client):
     assert full["provenance"]["prompt"] == one["prompt"]
     assert "painter:student" in client.predict("deep/two", api_name="/run_comparison")[0]["sentence"]
     assert client.predict("deep/two", api_name="/run_csv").startswith("model,bench")
+
+
+def test_a_verdict_that_does_not_exist_is_refused_in_words(client):
+    with pytest.raises(AppError, match=r"Verdict: expected right, wrong, scored, unscored, .* but got 'fine'"):
+        client.predict("deep/two", verdict="fine", api_name="/run_pictures")
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "..", "deep/../deep/two"])

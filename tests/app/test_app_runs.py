@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,10 +80,11 @@ def test_disagreement_is_one_right_and_one_wrong(runs_folder):
 def test_a_picture_comes_at_full_size_with_what_decided_it(runs_folder):
     runs = Runs(runs_folder)
     one = first(runs)
-    picture, shown, facts = runs.picture(NAME, one.address)
+    picture, shown, facts, intact = runs.picture(NAME, one.address)
     file = runs_folder / NAME / "painter-base" / "squares" / one.sample.file
     assert np.array_equal(np.asarray(picture), np.asarray(store.read_picture(file)))
     assert shown == one
+    assert intact
     assert facts["sha256"] == one.sample.sha256
     assert facts["seed"] == one.sample.seed
     assert facts["generator.model"] == "painter:base"
@@ -155,7 +157,30 @@ def test_a_picture_exchanged_afterwards_is_shown_as_such(own):
     one = first(own)
     file = own.root / NAME / "painter-base" / "squares" / one.sample.file
     store.write_picture(file, store.read_picture(file).rotate(90))
-    assert "drawn" in own.picture(NAME, one.address)[2]["sha256"]
+    entry = own.load(NAME).entries[0]
+    full = own.picture(NAME, one.address)
+    assert not full.intact
+    assert "drawn" in full.facts["sha256"]
+    assert not {"score", "said"} & set(full.facts)
+    assert not own.intact(entry.folder, one.sample)
+    assert own.intact(entry.folder, entry.samples[1])
+
+
+def test_of_a_picture_exchanged_afterwards_neither_verdict_nor_boxes_are_shown(own):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.runs_tab import detail
+
+    one = first(own)
+    box = {"box": [1, 1, 9, 9], "label": "square", "score": 0.9, "colour": "red"}
+    full = own.picture(NAME, one.address)
+    seen = full._replace(shown=replace(one, sample=replace(one.sample, detail={"detections": [box]})))
+    before = detail(seen)
+    assert f"· {one.verdict}" in before
+    assert 'class="box' in before
+    after = detail(seen._replace(intact=False))
+    assert after.index("These are not the bytes that were drawn.") < after.index("<img")
+    for told in (f"· {one.verdict}", 'class="box', "Show what the judge saw"):
+        assert told not in after
 
 
 def test_a_picture_that_is_gone_or_broken_is_named(own):
@@ -178,6 +203,8 @@ def test_a_damaged_run_takes_no_other_with_it(own):
     assert len(own.load("other/two").entries) == 2
 
 
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(RequestError, match="no such folder"):
-        Runs(tmp_path / "nothing")
+def test_a_folder_that_comes_later_is_found(runs_folder, tmp_path):
+    later = Runs(tmp_path / "later")
+    assert later.names() == []
+    shutil.copytree(runs_folder, tmp_path / "later")
+    assert later.names() == [NAME]

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from app.judging import best
-from app.session import Drawn, Session, Step
+from app.session import Drawn, Lora, Session, Step
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
-from flowopd_eval.models import Backbone, resolve
+from flowopd_eval.models import FAMILIES, Backbone, resolve
 from flowopd_eval.records import Score
 
 CIRCLE = "a photo of a red circle"
@@ -59,6 +59,17 @@ def test_provenance_says_what_decided_the_picture(session):
     assert one.identity["sampling"]["steps"] == 2
     assert one.identity["sampling"]["guidance"] == 2.0
     assert len(one.identity["base_sha256"]) == len(one.identity["adapter_sha256"]) == 64
+
+
+def test_a_cards_provenance_has_the_seed_and_no_empty_field(session):
+    from app import cards
+
+    one = drawn(session, steps=1)["base"]
+    html = cards.comparison(CIRCLE, [session.arms["base"]], [one], [], drawing=False)
+    assert "<dt>seed</dt><dd>5</dd>" in html
+    assert "None" not in html
+    assert '<p class="by">1 step · guidance' in html
+    assert "How clean the lines are" in html
 
 
 def test_an_arm_has_its_own_guidance_and_steps_unless_told_otherwise(session, monkeypatch):
@@ -186,14 +197,51 @@ def test_a_member_that_cannot_be_had_is_offered_by_nobody(session, monkeypatch):
 
 def test_an_adapter_that_was_asked_for_and_cannot_be_had_is_an_error(tmp_path):
     with pytest.raises(RequestError, match="--lora mine="):
-        Session("tiny", {"mine": str(tmp_path)})
+        Session("tiny", {"mine": Lora(str(tmp_path))})
 
 
 def test_a_name_that_is_taken_and_an_unknown_family_are_errors(adapters):
     with pytest.raises(RequestError, match="has a member of that name"):
-        Session("tiny", {"base": adapters["ocr"]})
+        Session("tiny", {"base": Lora(adapters["ocr"])})
     with pytest.raises(RequestError, match=r"--model huge: .*tiny"):
         Session("huge")
+
+
+def test_an_adapter_may_have_a_guidance_of_its_own(adapters, monkeypatch):
+    family = FAMILIES["tiny"]
+    monkeypatch.setitem(FAMILIES, "tiny", replace(family, members={"base": family.members["base"]}))
+    own = Session("tiny", dict(Lora.named(f"{name}={adapters['ocr']}{at}") for name, at in (("own", "@1"), ("as", ""))))
+    assert own.arms["own"].spec.record.guidance == 1.0
+    assert own.arms["as"].spec.record.guidance == own.arms["base"].spec.record.guidance == 4.5
+    pictures = drawn(own, arms=["own", "as"])
+    assert pictures["own"].identity["sampling"]["guidance"] == 1.0
+    assert not np.array_equal(np.asarray(pictures["own"].picture), np.asarray(pictures["as"].picture))
+
+
+@pytest.mark.parametrize(
+    ("text", "lora"),
+    [
+        ("mine=runs/x/adapter", Lora("runs/x/adapter")),
+        ("mine=runs/x/adapter@1", Lora("runs/x/adapter", 1.0)),
+        ("mine=runs/x@y/adapter@2.5", Lora("runs/x@y/adapter", 2.5)),
+        ("mine=hub:me/it@v1", Lora("hub:me/it@v1")),
+        ("mine=hub:me/it@v1@0", Lora("hub:me/it@v1", 0.0)),
+    ],
+)
+def test_an_adapters_guidance_stands_behind_its_place(text, lora):
+    assert Lora.named(text) == ("mine", lora)
+
+
+def test_a_folder_with_an_at_sign_in_its_name_is_that_folder(tmp_path):
+    (tmp_path / "run@3").mkdir()
+    assert Lora.named(f"mine={tmp_path}/run@3")[1] == Lora(f"{tmp_path}/run@3")
+    assert Lora.named(f"mine={tmp_path}/run@3@1")[1] == Lora(f"{tmp_path}/run@3", 1.0)
+
+
+@pytest.mark.parametrize("text", ["mine=x@", "mine=x@high", "mine=x@-1", "mine=x@21", "mine=x@nan", "mine=@1"])
+def test_a_guidance_that_is_none_is_refused_in_words(text):
+    with pytest.raises(RequestError, match="expected a guidance scale from 0 to 20 after the @"):
+        Lora.named(text)
 
 
 def test_words_the_miniature_never_saw_are_named(session):
@@ -218,3 +266,9 @@ def scores(**values):
 )
 def test_the_best_is_marked_among_the_scored_alone(values, top):
     assert best(scores(**values)).get("geneval") == top
+
+
+def test_scores_that_are_shown_as_equal_are_equally_good():
+    near = {"a": {"quality": Score(0.74312)}, "b": {"quality": Score(0.74349)}, "c": {"quality": Score(0.2)}}
+    assert best(near)["quality"] == {"a", "b"}
+    assert best({arm: near[arm] for arm in "ab"}) == {}

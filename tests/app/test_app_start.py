@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -69,7 +70,10 @@ def test_the_front_matter_is_a_spaces(tmp_path):
     ("arguments", "said"),
     [
         (["--model", "huge"], "--model huge: the demo shows a family of models: flow-opd, tiny"),
-        (["--lora", "nothing"], "expected NAME=SOURCE"),
+        (["--lora", "nothing"], "expected NAME=FOLDER or NAME=FOLDER@GUIDANCE"),
+        (["--lora", "mine=x@much"], "expected a guidance scale from 0 to 20"),
+        (["--dtype", "int8"], "--dtype int8: expected float32, bfloat16 or float16."),
+        (["--host", "203.0.113.7"], "--host 203.0.113.7: this machine cannot listen there"),
         (["--lora", "mine=/does/not/exist"], "--lora mine=/does/not/exist"),
         (["--runs", "/does/not/exist"], "there is no such folder"),
     ],
@@ -84,6 +88,23 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(arguments, said, monkeypatc
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["before the model is loaded", "afterwards"])
+def test_a_port_that_is_taken_is_one_line_and_exit_code_2(checked, monkeypatch, capsys, tmp_path):
+    from app import __main__ as command
+
+    if not checked:
+        monkeypatch.setattr(command, "_listen", lambda *given: None)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        monkeypatch.setattr(sys, "argv", ["app", "--votes", str(tmp_path / "votes.sqlite"), "--port", port])
+        with pytest.raises(SystemExit) as end:
+            command.run()
+    assert end.value.code == 2
+    assert f"app: --port {port} is taken; leave --port out or choose another.\n" in capsys.readouterr().err
 
 
 def test_votes_on_a_space_are_said_to_be_temporary(session, tmp_path, monkeypatch):

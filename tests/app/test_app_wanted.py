@@ -20,9 +20,11 @@ RIGHT = {"prompt": "a star", "seed": 3, "arms": ["base"]}
         ({"seed": -1}, "Seed: expected 0 or more"),
         ({"seed": SEED + 1}, f"expected {SEED} or less"),
         ({"seed": 1.5}, "whole number"),
-        ({"seed": None}, "whole number"),
+        ({"seed": 10**20}, f"expected {SEED} or less"),
+        ({"seed": 1e21}, "whole number"),
+        ({"seed": None}, "Seed: expected a whole number."),
         ({"seed": True}, "Seed"),
-        ({"arms": []}, "choose at least 1"),
+        ({"arms": []}, "Models: choose at least one."),
         ({"arms": "base"}, "list of names"),
         ({"arms": ["base", "base"]}, "name each model once"),
         ({"arms": [str(n) for n in range(ARMS + 1)]}, f"at most {ARMS}"),
@@ -43,7 +45,7 @@ def test_each_wrong_value_is_named_with_its_remedy(change, said):
 
 
 def test_several_wrong_values_are_all_said():
-    with pytest.raises(RequestError, match=r"Prompt: .* Seed: .* Arms: "):
+    with pytest.raises(RequestError, match=r"Prompt: .* Seed: .* Models: "):
         wanted({"prompt": "", "seed": -4, "arms": []})
 
 
