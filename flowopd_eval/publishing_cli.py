@@ -33,6 +33,7 @@ def push(
     """
     from huggingface_hub.utils import disable_progress_bars
 
+    from flowopd_eval.hub.layout import METRICS
     from flowopd_eval.hub.push import stage, upload
 
     disable_progress_bars()  # one for each of dozens of pictures
@@ -46,7 +47,7 @@ def push(
         with status(f"uploading to {name}"):
             address, changed = upload(repository, name, public=public)
     typer.echo(f"Published: {address}" if changed else f"Nothing has changed: {address}")
-    if repository.kind == "model":
+    if METRICS in repository.files:
         typer.echo(f"Check it as anybody can: flowopd-eval verify {name}")
 
 
@@ -94,3 +95,5 @@ def verify(
     wrong = [verdict.key for verdict in verdicts if verdict.contradictions]
     if wrong:
         raise WorkError(f"{resolved} is not what its card says: {', '.join(wrong)}.")
+    if unjudged := [verdict.key for verdict in verdicts if verdict.difference is None]:
+        raise WorkError(f"{resolved} was not judged again, which says nothing for its card: {', '.join(unjudged)}.")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flowopd_eval.hub.subject import Subject
     from flowopd_eval.records import SamplingRecord
 
+_JUDGED_BY = {"ocr": ("ocr", "sign_ocr"), "quality": ("shapes_quality",), "partial_credit": ("shapes_geneval",)}
 _TAGS = ["lora", "flow-opd", "text-to-image"]
 _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that says "OPEN"'}
 
@@ -104,6 +105,14 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def score_rows(summary: Mapping[str, Any]) -> list[str]:
+    """The lines of a metric's table as the card writes them."""
+    return [
+        f"| {escape_markdown(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
+        for task, value, low, high, n in _table(summary)["rows"]
+    ]
+
+
 def _caption(number: int, claim: Claim) -> tuple[int, str, str, int, str]:
     text = claim.prompt if claim.prompt is not None else f"{claim.id} (text not published)"
     return number, text, claim.key, claim.seed, "–" if claim.score is None else f"{claim.score:.3g}"
@@ -117,6 +126,7 @@ def _recipe(subject: Subject) -> list[tuple[str, str]]:
         "stage": recipe.get("stage"),
         "started from": recipe.get("start"),
         "steps × batch": f"{recipe['steps']} × {recipe['batch_size']}" if "batch_size" in recipe else None,
+        "taken": subject.training.get("taken"),
         "rank, alpha": f"{lora['rank']}, {lora['alpha']}" if lora else None,
         "learning rate": optimizer.get("learning_rate"),
         "rollout": f"{rollout['steps']} steps of {rollout['sampler']}, a = {rollout['a']}" if rollout else None,
@@ -135,5 +145,10 @@ def _task(task: Mapping[str, Any]) -> str:
 
 
 def _rewards(subject: Subject) -> set[str]:
-    """Metrics that the training rewarded."""
-    return {name for task in subject.recipe.get("tasks") or () for name in task.get("rewards") or {}}
+    """Metric keys that the training rewarded; the rewards of other stages only tell `check` how good a teacher is."""
+    recipe = subject.recipe
+    chosen = recipe.get("stage") == "sft" and (recipe.get("best_of", 1) > 1 or recipe.get("least_reward") is not None)
+    if not (chosen or recipe.get("stage") in ("grpo", "nft")):
+        return set()
+    names = (name for task in recipe.get("tasks") or () for name in task.get("rewards") or {})
+    return {key for name in names for key in _JUDGED_BY.get(name, (name,))}

@@ -32,6 +32,7 @@ from flowopd_eval.hub.subject import RECIPE, Subject
 from flowopd_eval.records import SETTINGS_FILE
 
 METRICS, CLAIMS, SHEET, PROVENANCE = "metrics.json", "samples.jsonl", "samples.png", "provenance.json"
+CARD = "README.md"
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 _COLUMNS, _SIDE, _GAP = 6, 256, 4  # of the sheet: pictures in a row, pixels of one at most, pixels between two
 
@@ -67,7 +68,7 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     provenance = provenance_of(subject, results, runs)
     files[PROVENANCE] = json_bytes(provenance)
     files |= licence_files(subject.family.name, subject.change, subject.folder)
-    files["README.md"] = render_card(subject, results, record, name, provenance).encode()
+    files[CARD] = render_card(subject, results, record, name, provenance).encode()
     return Repository("model", files, owned=("samples/", METRICS, CLAIMS, SHEET, RECIPE))
 
 

@@ -48,7 +48,15 @@ def stage(source: str, name: str, runs: Sequence[Path], scratch: Path) -> Reposi
     Raises:
         RequestError: it may not be published, or not as asked; see the parts of this package.
     """
-    if not _NAME.fullmatch(name):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name_is_valid = False
+    else:
+        name_is_valid = _NAME.fullmatch(name) is not None
+    if not name_is_valid:
         raise RequestError(f"Expected a repository as OWNER/NAME, but got {name!r}.")
     kind = kind_of(source)
     if runs and kind != "model":
@@ -94,7 +102,7 @@ def upload(repository: Repository, name: str, *, public: bool) -> tuple[str, boo
         if not public and not before.private:
             raise RequestError(f"{name} is public: say --public if what is pushed may be, or name another repository.")
         there = [one.rfilename for one in before.siblings or ()]
-        stale = [n for n in there if n.startswith(repository.owned) and n not in repository.files]
+        stale = [n for n in there if repository.owns(n) and n not in repository.files]
         additions = [CommitOperationAdd(path, content) for path, content in repository.files.items()]
         deletions = [CommitOperationDelete(path) for path in stale]
         commit = api.create_commit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,18 @@ _OVERLAP = 4096
 class Repository:
     """Every file of a push by its path there: its bytes, or the file they are read from. Nothing else is uploaded.
 
-    ``owned`` are the beginnings of paths that belong to a push alone: what is there of an earlier one, and not in
-    ``files``, is removed.
+    ``owned`` are the files, and with a slash at the end the folders, that belong to a push alone: what is there of an
+    earlier one, and not in ``files``, is removed.
     """
 
     kind: Kind
     files: Mapping[str, Content]
     owned: tuple[str, ...] = ()
     sdk: str | None = None
+
+    def owns(self, path: str) -> bool:
+        """Whether a path in the repository belongs to a push alone."""
+        return any(path.startswith(one) if one.endswith("/") else path == one for one in self.owned)
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
@@ -45,7 +50,13 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str):
         return _ROOTED.sub(r"\1", value)
     if isinstance(value, Mapping):
-        return {without_paths(key): without_paths(item) for key, item in value.items()}
+        short = [without_paths(key) for key in value]
+        seen: Counter[Any] = Counter()
+        found = {}
+        for key, item in zip(short, value.values(), strict=True):  # two paths may end alike, and none is to be lost
+            seen[key] += 1
+            found[f"{key} ({seen[key]})" if short.count(key) > 1 else key] = without_paths(item)
+        return found
     return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -16,7 +16,7 @@ from flowopd_eval.errors import RequestError
 from flowopd_eval.export import claimed
 from flowopd_eval.hub.licences import open_prompts
 from flowopd_eval.hub.subject import Subject
-from flowopd_eval.models import fetch_base, folder_sha256
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 from flowopd_eval.records import Prompt, Sample, SamplingRecord
 from flowopd_eval.report import Entry, load_run, metrics_of
 
@@ -116,7 +116,12 @@ def _check_backbone(entries: Sequence[Entry], subject: Subject) -> None:
     """Raises ``RequestError`` unless all were drawn on one backbone, the miniature's own where it is the miniature."""
     bases = {e.summary["generator"].get("base_sha256") for e in entries}
     known = folder_sha256(fetch_base(subject.family.base)) if subject.family.base.startswith("builtin:") else None
-    if len(bases) > 1 or (known and bases - {known}):
+    # Of SD3.5 no hash is known here; the names that mean it, and an adapter that was published for it, do.
+    of_it = ("hub:", *(f"{name}:" for name in FAMILIES))  # another family's are refused below, in words of their own
+    others = [
+        m for e in entries if not (m := e.summary["model"]).startswith(of_it) or (m.startswith("hub:") and "+" in m)
+    ]
+    if len(bases) > 1 or (known and bases - {known}) or (not known and others):
         raise RequestError(
             f"What was given was drawn on another backbone than {subject.base}, or on several (sha256 "
             f"{', '.join(str(base)[:12] for base in bases)}): those scores are of another model."

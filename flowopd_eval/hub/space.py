@@ -19,10 +19,11 @@ _NEEDS = ("sdk", "app_file")
 def front_matter(readme: Path) -> dict[str, Any]:
     """The metadata on top of a README; empty where there is none that can be read."""
     from huggingface_hub import RepoCard
+    from yaml import YAMLError
 
     try:
         return RepoCard(readme.read_text(), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError):
+    except (ValueError, OSError, YAMLError):
         return {}
 
 

@@ -126,7 +126,15 @@ def _making(folder: Path) -> dict[str, Any]:
         if (place / RECIPE).is_file():
             made: dict[str, Any] = {"recipe": _read(place / RECIPE)}
             finished = _read(place / "run.json") if (place / "run.json").is_file() else {}
-            return made | ({"run": finished} if "identity" in finished else {})
+            if folder.parent.name == "snapshots":
+                return made | {"run": {"taken": f"on the way, {folder.name}"}}
+            if "identity" in finished:
+                return made | {"run": finished}
+            return (
+                made
+                if made["recipe"].get("stage") == "merge"
+                else made | {"run": {"taken": "before the run had ended"}}
+            )
         if (place / _MERGE_REPORT).is_file():
             found = _read(place / _MERGE_REPORT)
             recipe = found.pop("recipe", {})
@@ -157,9 +165,14 @@ def _family(adapter: Adapter, declared: str) -> Family:
     """The family whose backbone ``declared`` names, else the one whose every layer the adapter fits."""
     from flowopd_eval.adapters import check_adapter
 
-    named = [f for f in FAMILIES.values() if declared in (f"{f.name}:base", f.base, f.base.removeprefix("hub:"))]
+    known = [f for f in FAMILIES.values() if declared in (f"{f.name}:base", f.base, f.base.removeprefix("hub:"))]
+    if declared and not known:
+        raise RequestError(
+            f"The adapter says that it was made for {declared!r}; a card can name {', '.join(FAMILIES)}. Where that is "
+            "one of them by another name, correct base_model_name_or_path in adapter_config.json or base in the recipe."
+        )
     refusals = []
-    for family in named or FAMILIES.values():
+    for family in known or FAMILIES.values():
         try:
             check_adapter(adapter, skeleton(family))
             return family
@@ -196,8 +209,14 @@ def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]
     for source, role in _sources(recipe):
         for place in _places(source):
             if place.startswith("hub:"):
-                found[place] = Upstream(place, role, licence_of_repository(place))
-            elif place not in seen and Path(place).exists():
+                roles = f"{found[place].role}, {role}" if place in found else role
+                found[place] = Upstream(place, roles, licence_of_repository(place))
+            elif place not in seen:
+                if not Path(place).exists():
+                    raise RequestError(
+                        f"The recipe names {place!r} ({role}), which is not here, so nobody can tell what it was made "
+                        "from: push from the folder in which it was trained, or correct recipe.json. Nothing was sent."
+                    )
                 seen.add(place)
                 further = _making(_folder(Path(place))).get("recipe", {})
                 found |= {one.source: one for one in _upstream(further, seen)}

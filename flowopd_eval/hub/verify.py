@@ -27,7 +27,8 @@ from flowopd_eval.doctor import TOLERANCE
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import Progress, identity_of, judge, mean_over, standard_metrics
-from flowopd_eval.hub.layout import CLAIMS, METRICS, WEIGHTS
+from flowopd_eval.hub.card import score_rows
+from flowopd_eval.hub.layout import CARD, CLAIMS, METRICS, WEIGHTS
 from flowopd_eval.hub.results import Claim, pixels_sha256, prompt_of, read_claims
 from flowopd_eval.models import Backbone, ModelGenerator, resolve
 from flowopd_eval.records import SETTINGS_FILE, Interval, Prompt, Sample, Score
@@ -95,7 +96,7 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         RequestError: no such repository, none that was published so, or one without scores.
         WorkError: the model drew NaN.
     """
-    folder, resolved = fetch_files(source, [SETTINGS_FILE, METRICS, CLAIMS, "samples/*", *WEIGHTS])
+    folder, resolved = fetch_files(source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
     spec = resolve(resolved)
     if spec.adapter is None:
         raise RequestError(f"{resolved} is not an adapter that `flowopd-eval push` published.")
@@ -108,6 +109,7 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         findings.expect(bench.objects == spec.objects, f"{key} is not a metric of what {spec.about} draws")
         mine = [claim for claim in claims if claim.key == key]
         _same_model(findings, generator, stated, summary)
+        _numbers_of_the_card(findings, folder / CARD, summary)
         _numbers_from_the_list(findings, bench, summary, mine)
         prompts = _prompts(findings, bench, summary, mine)
         if prompts is None:
@@ -130,9 +132,13 @@ def _stated(folder: Path, resolved: str) -> tuple[dict[str, Any], list[Claim]]:
         raise RequestError(f"{resolved} publishes no scores: there is nothing to verify.")
     try:
         stated = json.loads((folder / METRICS).read_bytes())
+        if not stated["metrics"]:
+            raise RequestError(f"{resolved} publishes no scores: there is nothing to verify.")
         for summary in stated["metrics"].values():
             _interval(summary)
             _ = stated["adapter_sha256"], summary["generator"]["adapter_sha256"], summary["samples"], summary["seed"]
+    except RequestError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RequestError(f"{METRICS} of {resolved} is not what `flowopd-eval push` writes ({error!r}).") from error
     return stated, read_claims(folder / CLAIMS)
@@ -160,18 +166,47 @@ def _same_model(
         findings.expect(False, f"drawn by other settings than the repository names: {'; '.join(changed)}")
 
 
+def _numbers_of_the_card(findings: _Findings, readme: Path, summary: Mapping[str, Any]) -> None:
+    """What people and the Hub read, in the table and in the metadata, against ``metrics.json``."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    try:
+        data: Any = ModelCard(text, ignore_metadata_errors=True).data
+    except YAMLError:
+        data = None
+    found = getattr(data, "eval_results", None) or []
+    told = {one.metric_type: (one.metric_value, one.metric_args) for one in found if one.dataset_type == summary["key"]}
+    metrics = summary["metrics"]
+    cells = {summary["key"]: metrics["overall"], **{f"{summary['key']}/{t}": c for t, c in metrics["tasks"].items()}}
+    ours = {kind: (c["value"], {end: c[end] for end in ("low", "high", "level", "n")}) for kind, c in cells.items()}
+    rows = score_rows(summary)
+    findings.expect(told == ours and all(row in text for row in rows), f"{CARD} shows other numbers than {METRICS}")
+
+
 def _numbers_from_the_list(
     findings: _Findings, bench: Bench, summary: Mapping[str, Any], claims: Sequence[Claim]
 ) -> None:
-    """The overall score again, from the scores of the list."""
+    """The overall score and its interval again, from the scores of the list."""
     if bench.metrics:
         findings.notes.append("this metric's mean needs more than the list holds, and was not computed again")
         return
+    unscored = sum(claim.score is None for claim in claims)
+    findings.expect(not unscored, f"{unscored} of {len(claims)} pictures of the list have no score")
     samples = [Sample(c.id, c.k, c.task, "", c.seed, "", "", c.score) for c in claims]
     found = standard_metrics(samples, None)["images" if mean_over(summary) == "images" else "overall"]
-    same = found is not None and abs(found["value"] - _interval(summary).value) <= 1e-9
+    stated = _interval(summary)
+    same = found is not None and abs(found["value"] - stated.value) <= 1e-9
     told = "none" if found is None else f"{found['value']:.4f}"
-    findings.expect(same, f"the list's own scores give {told}, not {_interval(summary).value:.4f}")
+    findings.expect(same, f"the list's own scores give {told}, not {stated.value:.4f}")
+    if found is not None:
+        ends = (found["low"], found["high"])
+        near = 0.1 * (ends[1] - ends[0]) + 1e-9  # a bootstrap of other random numbers
+        same = all(abs(a - b) <= near for a, b in zip(ends, (stated.low, stated.high), strict=True))
+        findings.expect(
+            same, f"their interval is {ends[0]:.4f} to {ends[1]:.4f}, not {stated.low:.4f} to {stated.high:.4f}"
+        )
 
 
 def _prompts(
@@ -180,15 +215,26 @@ def _prompts(
     """The bench's prompts by id; None, with a note, where they are not to be had, or are others."""
     try:
         known = {prompt.id: prompt for prompt in bench.prompts()}
-        prompts = {claim.id: prompt_of(claim, known) for claim in claims}
     except RequestError as error:
         findings.notes.append(f"not drawn again: {error}")
+        return None
+    if summary["version"] != bench.version:
+        findings.notes.append(
+            f"not drawn again: version {summary['version']} of the bench, and here is {bench.version}"
+        )
+        return None
+    try:
+        prompts = {claim.id: prompt_of(claim, known) for claim in claims}
+    except RequestError as error:
+        findings.expect(False, str(error))
         return None
     pictures = [(claim.id, claim.k) for claim in claims]
     whole = sorted(pictures) == sorted((name, k) for name in known for k in range(summary["samples"]))
     findings.expect(
         whole, f"the list is not the whole bench, {len(known)} prompts with {summary['samples']} pictures each"
     )
+    moved = sum(claim.task != prompts[claim.id].task for claim in claims)
+    findings.expect(not moved, f"{moved} of {len(claims)} pictures stand under another task than their prompt's")
     off = sum(claim.seed != prompts[claim.id].seed(summary["seed"], claim.k) for claim in claims)
     findings.expect(not off, f"{off} of {len(claims)} seeds are not those of the rule for base seed {summary['seed']}")
     return prompts

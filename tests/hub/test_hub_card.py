@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load
 
-from flowopd_eval.hub.card import render_card
+from flowopd_eval.hub.card import _rewards, render_card
 from flowopd_eval.hub.layout import provenance_of, sheet
 from flowopd_eval.hub.results import Results, read_results
 from flowopd_eval.hub.subject import Subject, Upstream, read_subject
@@ -52,7 +53,21 @@ def test_the_hub_reads_metadata_numbers_and_intervals_of_the_card(hub, pushed, c
     assert f"| overall | {expected['value']:.3f} | {expected['low']:.3f} to {expected['high']:.3f} | 144 |" in card
     assert "Toy model" in card
     assert "Stability" not in card
-    assert "trained on shapes_quality" in " ".join(card.split())  # judged by what rewarded it
+    assert "was trained on" not in " ".join(card.split())  # rewards of a distillation only tell how good a teacher is
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys"),
+    [
+        ({"stage": "nft", "tasks": [{"rewards": {"quality": 0.7, "ocr": 0.3}}]}, {"shapes_quality", "ocr", "sign_ocr"}),
+        ({"stage": "grpo", "tasks": [{"rewards": {"partial_credit": 1.0}}]}, {"shapes_geneval"}),
+        ({"stage": "sft", "best_of": 4, "tasks": [{"rewards": {"pickscore": 1.0}}]}, {"pickscore"}),
+        ({"stage": "sft", "best_of": 1, "tasks": [{"rewards": {"quality": 1.0}}]}, set()),
+        ({"stage": "distill", "tasks": [{"rewards": {"quality": 1.0}}]}, set()),
+    ],
+)
+def test_a_card_says_which_of_its_metrics_were_rewarded(recipe, keys):
+    assert _rewards(SimpleNamespace(recipe=recipe)) == keys
 
 
 def test_every_snippet_runs_and_draws_the_picture_that_the_card_shows(machine, hub, pushed, card):

@@ -69,6 +69,33 @@ def test_the_numbers_must_be_those_of_the_list(machine, hub, pushed):
     assert "is not what its card says" in answer.err
 
 
+def test_the_card_must_show_the_numbers_of_its_metrics(machine, hub, pushed):
+    card = hub.repositories[f"models/{pushed}"].files["README.md"].decode()
+    metrics = json.loads(hub.repositories[f"models/{pushed}"].files["metrics.json"])
+    value = f"{metrics['metrics'][KEY]['metrics']['overall']['value']:.3f}"
+    assert value in card
+    publish(hub, pushed, **{"README.md": card.replace(value, "0.999").encode()})
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert (answer.code, "README.md shows other numbers than metrics.json" in answer.out) == (1, True)
+
+
+def test_pictures_without_a_score_or_under_another_task_are_found(machine, hub, pushed):
+    first, *_, last = lines_of(hub, pushed)
+    assert first["task"] != last["task"]
+
+    def change(line):
+        if line["id"] == first["id"]:
+            line["score"] = None
+        if line["id"] == last["id"]:
+            line["task"] = first["task"]
+
+    forge(hub, pushed, change)
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert answer.code == 1
+    assert "1 of 144 pictures of the list have no score" in answer.out
+    assert "1 of 144 pictures stand under another task than their prompt's" in answer.out
+
+
 def test_scores_that_were_raised_are_found_by_judging_again(machine, hub, pushed):
     forge(hub, pushed, lambda line: line.update(score=0.8, pixels_sha256="0" * 64), overall=0.8)
     answer = machine("verify", pushed, "--pictures", 12)
