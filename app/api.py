@@ -181,7 +181,7 @@ def _offer_runs(given: Runs | None) -> None:
         return {
             "note": loaded.note,
             "summaries": [entry.summary for entry in loaded.entries],
-            "unavailable": loaded.unavailable,
+            "unavailable": {key: shown(why) for key, why in loaded.unavailable.items()},
         }
 
     def run_csv(name: str) -> str:

@@ -14,7 +14,7 @@ from app.examples import EXAMPLES, example
 from app.picture import Saved, enlarged, read_comparison, write_comparison
 from app.session import Drawn, Session, Step
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
-from app.wanted import GUIDANCE, SEED, STEPS, Wanted, steps_in_words, wanted
+from app.wanted import GUIDANCE, SEED, STEPS, Wanted, shown, steps_in_words, wanted
 from flowopd_eval.errors import RequestError
 
 _IDLE = cards.empty(
@@ -71,7 +71,8 @@ class CompareTab:
                     elem_id="arms",
                 )
                 if problems := [arm for arm in session.arms.values() if arm.problem]:
-                    gr.HTML(cards.notice("; ".join(f"{arm.name} is not available: {arm.problem}" for arm in problems)))
+                    told = (f"{arm.name} is not available: {shown(arm.problem)}" for arm in problems)
+                    gr.HTML(cards.notice("; ".join(told)))
                 with gr.Row(equal_height=True, elem_classes="seed"):
                     # Without limits of gradio's: it rounds, or answers with a trace, where the request has words.
                     self.seed = gr.Number(7, label="Seed", min_width=120, elem_id="seed")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.clauses import read_clauses
+from app.wanted import shown
 from flowopd_eval.benches import Bench, Judge, find_bench
 from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.harness import judge
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FLAGS = {"coco": ("geneval", "ocr", "preference"), "shapes": ("geneval", "ocr", "quality", "preference")}
+_log = logging.getLogger(__name__)
 DIGITS = {"geneval": 0, "ocr": 2, "quality": 3, "preference": 3}  # after the point, as a score is shown
 MEANING = {
     "geneval": "Whether the picture holds the objects, counts, colours and places that the prompt names.",
@@ -63,7 +66,7 @@ class Panel:
             return Seat(bench.flag, None, None, str(error))
         scorer = self._scorer(bench)
         if isinstance(scorer, str):
-            return Seat(bench.flag, prompt, None, scorer)
+            return Seat(bench.flag, prompt, None, shown(scorer))
         return Seat(bench.flag, prompt, scorer)
 
     def _record(self, bench: Bench, text: str) -> Prompt:
@@ -94,6 +97,9 @@ class Panel:
                     self._scorers[bench.flag] = f"unavailable: {error}"
                 except ImportError as error:
                     self._scorers[bench.flag] = f"unavailable: the package {error.name} is not installed"
+                except Exception:  # memory that is full, damaged weights: pictures stay, unscored
+                    _log.exception("The judge of %s could not be loaded", bench.flag)
+                    return "unavailable: it could not be loaded; the server's log says why"
             return self._scorers[bench.flag]
 
 
@@ -118,7 +124,8 @@ def _check_cached() -> None:
 
 def scores(seats: Sequence[Seat], picture: Image.Image) -> dict[str, Score]:
     """What each judge that is there says of a picture, by flag. One that fails leaves it unscored, with the error."""
-    return {seat.flag: judge(seat.scorer, [picture], [seat.prompt])[0] for seat in seats if seat.scorer and seat.prompt}
+    found = {s.flag: judge(s.scorer, [picture], [s.prompt])[0] for s in seats if s.scorer and s.prompt}
+    return {flag: replace(score, error=score.error and shown(score.error)) for flag, score in found.items()}
 
 
 def best(by_arm: Mapping[str, Mapping[str, Score]]) -> dict[str, set[str]]:

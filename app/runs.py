@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ class Runs:
         for folder, folders, files in os.walk(self.root, followlinks=False):
             place = Path(folder)
             depth = len(place.relative_to(self.root).parts)
-            if "run.json" in files and not (place / "run.json").is_symlink():
+            if "run.json" in files and not (place / "run.json").is_symlink() and not _of_training(place):
                 found.append((-(place / "run.json").stat().st_mtime, place.relative_to(self.root).as_posix()))
                 folders.clear()
             if depth >= _DEEPEST:
@@ -143,6 +144,15 @@ class Runs:
             return store.file_sha256(folder.picture(sample.file)) == sample.sha256
         except (OSError, ValueError):
             return False
+
+
+def _of_training(folder: Path) -> bool:
+    """Whether `python -m training` wrote this folder. A damaged run is none: it is named, not hidden."""
+    try:
+        found = json.loads((folder / "run.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and "identity" in found and "schema" not in found
 
 
 @lru_cache(maxsize=4)

@@ -135,6 +135,15 @@ def test_a_picture_that_is_a_link_out_of_the_run_is_refused(own, tmp_path):
     assert own.thumbnail(entry.folder, one.sample) is None
 
 
+def test_a_training_is_no_run_here(own):
+    names = own.names()
+    (own.root / "trained").mkdir()
+    (own.root / "trained" / "run.json").write_text(json.dumps({"identity": {"schema": 2}, "steps": 3}))
+    (own.root / "damaged").mkdir()
+    (own.root / "damaged" / "run.json").write_text("{")
+    assert own.names() == ["damaged", *names]
+
+
 def test_links_to_runs_elsewhere_are_no_runs_here(own, tmp_path):
     shutil.move(own.root / "deep", tmp_path / "elsewhere")
     (own.root / "linked").symlink_to(tmp_path / "elsewhere" / "two", target_is_directory=True)

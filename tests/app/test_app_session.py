@@ -169,13 +169,27 @@ def test_a_judge_that_fails_leaves_the_picture_unscored(session, monkeypatch):
             return {}
 
         def score(self, images, prompts):
-            raise OSError("broken")
+            raise OSError("broken: /home/joe/models/judge.bin")
 
     monkeypatch.setitem(session.panel._scorers, "quality", Broken())
     one = drawn(session, arms=["base"], steps=1)["base"]
     assert one.picture is not None
     assert one.scores["quality"].value is None
     assert "broken" in one.scores["quality"].error
+    assert "joe" not in one.scores["quality"].error
+
+
+def test_a_judge_that_cannot_be_loaded_takes_no_picture(session, monkeypatch, caplog):
+    def full():
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("app.judging._check_cached", full)
+    monkeypatch.setattr(session.panel, "_scorers", {})
+    one = drawn(session, arms=["base"], steps=1)["base"]
+    assert one.picture is not None
+    assert one.scores["quality"].value is not None
+    assert "could not be loaded" in session.panel.seats(CIRCLE)[-1].absent
+    assert "CUDA out of memory" in caplog.text
 
 
 @pytest.mark.parametrize(
