@@ -490,8 +490,17 @@ def run() -> None:
         _fail(error, 2)
     except WorkError as error:
         _fail(error, 1)
-    except KeyboardInterrupt as interrupt:
-        _fail(interrupt, 1)
+    except SystemExit as end:
+        _tell_of_interruption(end)
+        raise
+
+
+def _tell_of_interruption(end: BaseException | None) -> None:
+    """Typer makes exit code 130 of Ctrl-C, and loses what the interrupted work said of how to go on."""
+    while end is not None and not isinstance(end, KeyboardInterrupt):
+        end = end.__cause__ or end.__context__
+    if end is not None:
+        _fail(end, 130)
 
 
 def _fail(error: BaseException, code: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -212,3 +213,17 @@ def test_two_processes_of_a_launch_make_one_run(tmp_path):
         assert files[0].read_bytes() == files[1].read_bytes()
     sessions = json.loads((tmp_path / "both" / "run.json").read_text())["runs"]["tiny-student/geneval"]["sessions"]
     assert sorted(session["work"] for session in sessions) == ["draw 0/2", "draw 1/2"]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    words = ["--bench", "geneval", "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "out")]
+    run = subprocess.Popen([sys.executable, "-m", "flowopd_eval", *words], stderr=subprocess.PIPE, text=True)
+    lines = tmp_path / "out" / "tiny-student" / "geneval" / "samples.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.is_file() and lines.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "Stopped after" in said
+    assert "the same command" in said
