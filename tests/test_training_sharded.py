@@ -186,7 +186,8 @@ def alone(tiny, launched, tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
         now = {name: p.detach().clone() for name, p in policies.model.named_parameters()}
-        average = now if average is None else {n: o.ema * average[n] + (1 - o.ema) * now[n] for n in now}
+        decay = min(o.ema, (1 + step) / (10 + step))
+        average = now if average is None else {n: decay * average[n] + (1 - decay) * now[n] for n in now}
     return policies, before, now, average
 
 
