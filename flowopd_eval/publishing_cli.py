@@ -73,7 +73,7 @@ def _show(repository: Repository, name: str, public: bool) -> None:
 
 
 def verify(
-    name: Annotated[str, typer.Argument(metavar="REPO", help="Repository that `push` made: OWNER/NAME or OWNER/NAME@REVISION.")],
+    name: Annotated[str, typer.Argument(metavar="REPO", help="What `push` made: OWNER/NAME or OWNER/NAME@REVISION.")],
     pictures: Annotated[int, typer.Option(min=8, help="Prompts of each metric to draw again.")] = 32,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: cuda where there is one).")
