@@ -355,12 +355,13 @@ def main() -> int:
                 trained[arm.name] = pool.submit(whole, arm)
         for name, future in {"base-guided": guided, **trained}.items():
             results[name] = future.result()
-            RESULTS.write_text(json.dumps({"arms": results, "hopes": hopes(results)}, indent=2) + "\n")
-            Path("docs/table2.md").write_text(PAGE.format(table=markdown(results), hopes=hopes_table(hopes(results))))
+            seen = hopes(results)
+            RESULTS.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
+            Path("docs/table2.md").write_text(PAGE.format(table=markdown(results), hopes=hopes_table(seen)))
     write_readme(beside_paper(results))
     plot(results, Path("docs/table2.png"))
     page(results).save("docs/table2-pictures.png", optimize=True)
-    print(markdown(results), hopes_table(hopes(results)), sep="\n")
+    print(markdown(results), hopes_table(seen), sep="\n")
     return 0
 
 
