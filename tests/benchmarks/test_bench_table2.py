@@ -1,0 +1,147 @@
+"""The rules by which settings are chosen, and what the table in miniature makes of finished arms."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from painting import RUN, Painter
+from PIL import Image
+
+from benchmarks import settings, table2
+from flowopd_eval.harness import run_bench
+from training.config import load_recipe
+
+KEYS = table2.BENCHES
+
+
+class Model(Painter):
+    """Right (red) in the given share of pictures, chosen by the seed alone: a higher share is right wherever a lower
+    one is."""
+
+    def __init__(self, name: str, share: float):
+        super().__init__()
+        self.name, self.share = name, share
+
+    def identity(self):
+        return {**super().identity(), "model": self.name}
+
+    def generate(self, prompts, seeds):
+        right = [np.random.default_rng(seed).random() < self.share for seed in seeds]
+        return [Image.new("RGB", (64, 64), (200, 0, 0) if red else (0, 0, 200)) for red in right]
+
+
+@pytest.fixture
+def evaluate(tmp_path, monkeypatch):
+    """Finished evaluations of arms, where the table looks for them; what the table holds of each."""
+    monkeypatch.setattr(table2, "RUNS", tmp_path)
+
+    def finished(name, shares):
+        for (flag, key), share in zip(KEYS.items(), shares, strict=True):
+            run_bench(replace(RUN, bench=flag, key=key), Model(name, share), tmp_path / "evaluation" / name)
+        return row(*shares)
+
+    return finished
+
+
+def row(*scores, title="an arm"):
+    metrics = {flag: {"value": s, "low": s - 0.1, "high": s + 0.1} for flag, s in zip(KEYS, scores, strict=True)}
+    return {"title": title, "scores": metrics, "average": sum(scores) / 3, "samples": 1920}
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("scores", "taken"),
+    [({1.0: 0.5, 2.0: 0.6}, 2.0), ({1.0: 0.595, 2.0: 0.6}, 1.0), ({3.0: 0.6, 1.0: 0.55, 2.0: 0.592}, 2.0)],
+)
+def test_the_best_candidate_is_chosen_and_within_a_point_the_smallest(scores, taken):
+    assert settings.chosen(scores) == taken
+
+
+def test_what_was_chosen_reaches_every_arm_of_flow_opd_and_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert table2.setting("opd") == ()
+    stored = {"opd": {"setting": "optimizer.learning_rate", "chosen": 0.125}}
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "settings.json").write_text(json.dumps(stored))
+    assert table2.setting("opd") == ("optimizer.learning_rate=0.125",)
+    assert table2.setting("nft") == ()
+
+
+def test_every_arm_asks_for_settings_that_its_recipe_knows():
+    for arm in table2.ARMS:
+        if arm.recipe:
+            recipe, *sets = (word for word in arm.command[3:] if word != "--set")
+            load_recipe(Path(recipe), sets)
+    assert {arm.after for arm in table2.ARMS} <= {None, *(arm.name for arm in table2.ARMS)}
+
+
+# --- hopes -----------------------------------------------------------------------------------------------------------
+HOPE = ("what", "b", "a", ("geneval",))
+
+
+@pytest.mark.parametrize(
+    ("least", "verdict"),
+    [(0.2, "yes"), (0.9, "no"), (0.71, "no, within the interval"), (0.69, "yes, within the interval")],
+)
+def test_a_hope_comes_true_where_the_paired_difference_exceeds_it(evaluate, monkeypatch, least, verdict):
+    results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
+    monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
+    (first,) = table2.hopes(results)
+    assert 0.3 < first["low"] < first["difference"] < first["high"]
+    monkeypatch.setattr(table2, "HOPES", ((*HOPE, least - 0.7 + first["difference"]),))
+    assert table2.hopes(results)[0]["seen"] == verdict
+
+
+def test_a_hope_on_all_benches_is_about_their_mean(evaluate, monkeypatch):
+    results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
+    monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0), ("all", "b", "a", tuple(KEYS), 0.0)))
+    one, all_three = table2.hopes(results)
+    assert all_three["difference"] == pytest.approx(one["difference"] / 3)  # the other two benches are equal
+    assert all_three["high"] - all_three["low"] == pytest.approx((one["high"] - one["low"]) / 3)
+
+
+def test_a_hope_waits_for_both_of_its_arms(evaluate, monkeypatch):
+    monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
+    assert table2.hopes({"a": row(0.1, 0.1, 0.1)}) == []
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+def test_beside_the_paper_stand_the_rows_that_both_have():
+    results = {"base": row(0.35, 0.44, 0.58, title="ours"), "opd-merge-code": row(0.5, 0.5, 0.5)}
+    lines = table2.beside_paper(results).splitlines()
+    assert lines[2:] == ["| ours | 0.35 | 0.44 | 0.58 | 0.457 | SD3.5-M | 0.63 | 0.59 | 4.07 | 21.64 | 0.7165 |"]
+    assert {line.count("|") for line in lines} == {12}
+
+
+def test_the_table_has_intervals_and_samples():
+    head, rule, line = table2.markdown({"x": row(0.5, 0.25, 0.75, title="arm")}).splitlines()
+    assert line == "| arm | 0.500 [0.400, 0.600] | 0.250 [0.150, 0.350] | 0.750 [0.650, 0.850] | 0.500 | 1,920 |"
+    assert head.count("|") == rule.count("|") == line.count("|")
+
+
+def test_the_readme_s_table_is_exchanged_and_nothing_else(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{table2.START}old\n{table2.END}after\n")
+    for _ in range(2):
+        table2.write_readme("| new |\n", path)
+    assert path.read_text() == f"before\n{table2.START}\n| new |\n\n{table2.END}after\n"
+
+
+@pytest.mark.parametrize("text", ["nothing", table2.START, table2.END + table2.START])
+def test_a_readme_without_a_place_for_the_table_is_refused_and_kept(tmp_path, text):
+    path = tmp_path / "README.md"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="no place for the table"):
+        table2.write_readme("| new |\n", path)
+    assert path.read_text() == text
+
+
+def test_an_unknown_arm_is_refused_with_the_known_ones(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["table2", "opd-merge", "nonsense"])
+    assert table2.main() == 2
+    assert "nonsense" in (said := capsys.readouterr().err)
+    assert "opd-merge-seed2" in said
