@@ -12,6 +12,7 @@ from painting import RUN, Painter
 from PIL import Image
 
 from benchmarks import settings, table2
+from flowopd_eval.compare import compare_runs
 from flowopd_eval.harness import run_bench
 from training.config import load_recipe
 
@@ -91,6 +92,10 @@ def test_a_hope_comes_true_where_the_paired_difference_exceeds_it(evaluate, monk
     results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
     (first,) = table2.hopes(results)
+    (compared,) = (
+        c for c in compare_runs([table2.RUNS / "evaluation" / n for n in "ab"]).comparisons if "gen" in c.key
+    )
+    assert (first["low"], first["high"]) == (compared.overall.difference.low, compared.overall.difference.high)
     assert 0.3 < first["low"] < first["difference"] < first["high"]
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, least - 0.7 + first["difference"]),))
     assert table2.hopes(results)[0]["seen"] == verdict
