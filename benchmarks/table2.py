@@ -126,10 +126,10 @@ ARMS = (
     _opd("opd-merge-velocity", "Flow-OPD (merge), weight velocity", "merge", "kl_weight=velocity"),
     *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
     *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
-    _opd("opd-merge-long", f"Flow-OPD (merge), {BUDGET:,} samples", "merge", samples=BUDGET),
     _opd("opd-merge-window", "Flow-OPD (merge), window of two steps", "merge", "rollout.window=2"),
     _opd("opd-merge-sparse", "Flow-OPD (merge), anchor at every second step", "merge", "anchor.every=2"),
     _opd("opd-merge-fp8", "Flow-OPD (merge), backbone in fp8", "merge", "storage=float8"),
+    _opd("opd-merge-long", f"Flow-OPD (merge), {BUDGET:,} samples", "merge", samples=BUDGET),
 )
 
 
