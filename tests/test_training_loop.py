@@ -33,7 +33,7 @@ from training.coldstart import SFT
 from training.data import Mixture, task_prompts
 from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
-from training.loop import Parallel, averaged, check_processes, train
+from training.loop import Parallel, Stopped, averaged, check_processes, train
 from training.nft import NFT
 from training.policies import STUDENT, Policies
 from training.state import Checkpoints
@@ -359,6 +359,20 @@ def test_pictures_whose_reward_is_too_low_or_unknown_are_not_trained_on(tiny, tm
     none = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=2.0))
     list(none.updates(0))
     assert not gradient(none.policies).any()
+
+
+def test_a_stop_does_not_wait_for_all_of_the_teachers_pictures(tiny, tmp_path, monkeypatch):
+    stage = stage_of(tiny.recipe("sft", tmp_path, batch_size=12, micro_batch=12, pictures=48))
+    draw = stage._draw
+
+    def asked_to_stop_meanwhile(samples):
+        stage.parallel.stopped = [signal.SIGTERM]
+        return draw(samples)
+
+    monkeypatch.setattr(stage, "_draw", asked_to_stop_meanwhile)
+    with pytest.raises(Stopped):
+        list(stage.updates(0))
+    assert len(list(stage.folder.iterdir())) == 1  # the block at hand, kept
 
 
 def began(out):

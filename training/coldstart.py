@@ -119,6 +119,7 @@ class SFT:
         key = hashlib.sha256("|".join(map(str, how)).encode()).hexdigest()[:16]
         if path.is_file() and (kept := load_file(path)).keys() == {key, f"{key}.reward"}:
             return kept[key], kept[f"{key}.reward"]
+        self.parallel.check_stopped()  # a first micro batch may ask for nearly all blocks
         drawn = [self._draw(samples[n : n + size]) for n in range(0, len(samples), size)]  # judged in the background
         latents = torch.cat([x for x, _ in drawn])
         rewards = torch.tensor([reward for _, rewards in drawn for reward in rewards()])

@@ -101,13 +101,17 @@ class Parallel:
         rank = self.accelerator.process_index
         return samples[rank * size : (rank + 1) * size]
 
+    def check_stopped(self) -> None:
+        """Raises ``Stopped`` where this process has been asked to stop and no other waits for it."""
+        if self.stopped and self.accelerator.num_processes == 1:
+            raise Stopped
+
     def micro_batches(self, samples: Sequence[T], size: int) -> Iterator[tuple[Sequence[T], bool]]:
         """This process's samples of a batch, ``size`` at a time, and whether it is the last time."""
         mine = self.part(samples)
         self._local = len(mine)
         for start in range(0, len(mine), size):
-            if self.stopped and self.accelerator.num_processes == 1:
-                raise Stopped
+            self.check_stopped()
             yield mine[start : start + size], start + size >= len(mine)
 
     def sync(self, now: bool) -> AbstractContextManager:
