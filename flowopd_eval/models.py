@@ -187,6 +187,13 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
     )
 
 
+def record_of(source: str) -> SamplingRecord | None:
+    """The sampling record by which a model of known name, a saved pipeline or a published adapter is meant to be drawn;
+    None for one that says nothing of it."""
+    known = source.partition(":")[0] in FAMILIES
+    return resolve(source).record if known or _settings_of(source) else None
+
+
 def _settings_of(source: str) -> dict[str, Any]:
     """What a saved pipeline, or an adapter that `flowopd-eval push` published, says of itself; empty for any other."""
     import json

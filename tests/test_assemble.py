@@ -1,6 +1,7 @@
 """What ships with the miniature: adapters in fp16, at full strength, with the guidance scale they were made for."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 from diffusers import SD3Transformer2DModel
@@ -8,9 +9,10 @@ from random_adapters import random_adapter
 
 from flowopd_eval.adapters import read_adapter, write_adapter
 from flowopd_eval.models import FAMILIES, TINY_RECORD, Member, fetch_base, resolve
+from flowopd_eval.records import SETTINGS_FILE
 from training.assemble import ship
 from training.config import Teacher
-from training.policies import teacher_guidance
+from training.policies import teacher_guidance, teacher_text_length
 
 
 def test_a_shipped_adapter_is_the_adapter_up_to_fp16_and_half_as_large(tmp_path):
@@ -46,3 +48,12 @@ def test_a_member_keeps_the_guidance_scale_it_was_made_for(family):
 def test_a_teacher_teaches_with_its_own_scale_unless_the_recipe_has_another(source, scale, family):
     assert teacher_guidance(Teacher(source=source), TINY_RECORD) == scale
     assert teacher_guidance(Teacher(source=source, guidance=2.0), TINY_RECORD) == 2.0
+
+
+def test_a_published_adapter_teaches_by_the_record_that_it_carries(tmp_path):
+    record = replace(TINY_RECORD, guidance=1.5, text_length=64)
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps({"adapter_of": "tiny:base", "record": asdict(record)}))
+    teacher = Teacher(source=str(tmp_path))
+    assert teacher_guidance(teacher, TINY_RECORD) == 1.5
+    assert teacher_text_length(teacher, TINY_RECORD) == 64
+    assert teacher_text_length(Teacher(source=str(tmp_path), text_length=32), TINY_RECORD) == 32

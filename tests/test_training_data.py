@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from collections import Counter
 from itertools import accumulate
 
 import pytest
@@ -160,6 +161,18 @@ def test_every_prompt_of_a_tag_comes_once_before_any_comes_again(shapes, seed):
             ids = [p.id for p in ours[tag :: len(sizes)]]
             rounds = [ids[k : k + size] for k in range(0, len(ids), size)]
             assert all(len(set(round_)) == len(round_) for round_ in rounds)
+
+
+def test_a_file_s_own_mixture_of_tags_is_kept_where_that_is_asked_for():
+    mixture = mixture_of([(1, [7, 5, 3, 1])], 16)
+    mixture_of_file = Mixture(
+        [task.model_copy(update={"balance": "prompts"}) for task in mixture.tasks],
+        {"t0": [prompt for tag in mixture._tags[0] for prompt in tag]}, 16, 1, 0,
+    )  # fmt: skip
+    for step in range(3):
+        found = Counter(sample.prompt.task for sample in mixture_of_file.samples(step))
+        assert found == {"tag0": 7, "tag1": 5, "tag2": 3, "tag3": 1}
+    assert set(Counter(sample.prompt.task for sample in mixture.samples(0)).values()) == {4}
 
 
 @settings(max_examples=30, deadline=None)

@@ -33,9 +33,10 @@ from training.coldstart import SFT
 from training.data import Mixture, task_prompts
 from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
-from training.loop import Parallel, Stopped, averaged, check_processes, train
+from training.loop import Parallel, Stopped, averaged_weights, check_processes, strip_prompts, student_with, train
 from training.nft import NFT
 from training.policies import STUDENT, Policies
+from training.rollout import windows
 from training.state import Checkpoints
 from training.watch import Alarms
 
@@ -117,12 +118,14 @@ def gradient(policies):
     return torch.cat([p.grad.flatten() for p in policies.bank.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(every, tiny, tmp_path):
+@pytest.mark.parametrize(("every", "window"), [(1, None), (2, None), (1, 2)])
+def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(every, window, tiny, tmp_path):
     tasks = tiny.values("distill", tmp_path)["tasks"]
     anchor = {"source": "base", "weight": 0.5, "every": every}
     changes = {"tasks": [tasks[0] | {"share": 2.0}, tasks[1]], "anchor": anchor}
-    changes |= {"start": tiny.teacher("anchor"), "batch_size": 6, "micro_batch": 6, "rollout": {"steps": 3}}
+    changes |= {"start": tiny.teacher("anchor"), "batch_size": 6, "micro_batch": 6}
+    changes["rollout"] = {"steps": 3} | ({"window": window} if window else {})
+    share = [2 / 3, 1 / 3, 2 / 3] if window else [1 / 3] * 3  # of a window of two, the middle step is always one
     policies, samples = first_update(tiny.recipe("distill", tmp_path, **changes), Distillation)
     found = gradient(policies)
     assert [sample.task.name for sample in samples].count("shapes") == 4
@@ -143,6 +146,7 @@ def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_te
     for sample in samples:  # the paper's SDE and weight, one sample at a time
         source, text = torch.Generator().manual_seed(sample.seed), sample.prompt.prompt
         x = torch.randn(4, 8, 8, generator=source)[None]
+        (trained,) = windows([sample.seed], 3, window, None)
         for i, (sigma, after) in enumerate(pairwise(sigmas)):
             d, s = sigma - after, 0.7 * (sigma / (1 - torch.minimum(sigma, sigmas[1]))).sqrt()
             v = velocity(STUDENT, x, sigma, text)
@@ -151,7 +155,7 @@ def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_te
             weight = d / 2 * (1 / s + s * (1 - sigma) / (2 * sigma)) ** 2
             pull = 0.5 * every * ((i + sample.seed) % every == 0)
             loss = weight * ((v - teacher).square().mean() + pull * (v - base).square().mean())
-            (loss / len(samples) / 3).backward()
+            (loss / len(samples) * share[i] * (i in trained)).backward()
             mean = x * (1 - s**2 / (2 * sigma) * d) - v.detach() * (1 + s**2 * (1 - sigma) / (2 * sigma)) * d
             x = mean + s * d.sqrt() * torch.randn(4, 8, 8, generator=source)[None]
     assert (gradient(policies) - found).norm() <= 1e-5 * found.norm()
@@ -238,12 +242,35 @@ def test_the_average_is_a_copy_and_asking_for_it_changes_nothing(tiny, tmp_path)
         for parameter in parameters:
             parameter.mul_(2)
     raw = policies.bank.adapter(STUDENT).sha256
-    assert averaged(policies, ema, parameters).sha256 == first != raw
+    weights = averaged_weights(ema, parameters, step=2, every=2)
+    assert student_with(policies, weights, parameters).sha256 == first != raw
     assert policies.bank.adapter(STUDENT).sha256 == raw
 
 
+def test_steps_since_the_last_average_are_part_of_what_is_exported(tiny, tmp_path):
+    """Three steps, averaged every two: the third is taken in as an average then would have taken it."""
+    optimizer = {"learning_rate": 0.05, "ema": 0.9, "ema_every": 2}
+    adapter = run(tiny, "direct", tmp_path, steps=3, snapshot_every=3, optimizer=optimizer)
+    state = kept(tmp_path)
+    pairs = zip(state["bank"].items(), state["ema"]["shadow_params"], strict=True)
+    weights = {name: 2 / 11 * average + 9 / 11 * last for (name, last), average in pairs}
+    for folder in (adapter, tmp_path / "snapshots" / "step-000003"):
+        exported = read_adapter(folder).factors
+        for name in ("slots.0", "slots.3"):
+            module = Policies(tiny.recipe("distill", tmp_path), CPU).bank.modules_covered[int(name[-1])]
+            torch.testing.assert_close(exported[module].A, weights[f"{name}.trainable_A.0"])
+            torch.testing.assert_close(exported[module].B, 2 * weights[f"{name}.trainable_B.0"])
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_adapter_writes_it_when_asked_again(tiny, tmp_path):
+    adapter = run(tiny, "direct", tmp_path, steps=1)
+    whole = read_adapter(adapter).sha256
+    shutil.rmtree(adapter)
+    assert read_adapter(run(tiny, "direct", tmp_path, steps=1)).sha256 == whole
+
+
 def test_the_average_of_a_short_run_is_not_its_first_steps(tiny, tmp_path):
-    """The public code's average: the n-th update keeps (1 + n) / (10 + n) of what was, at most the decay."""
+    """The n-th update of the average keeps (1 + n) / (10 + n) of what was, at most the decay."""
     seen = []
 
     class Watched(Distillation):
@@ -290,9 +317,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, changes, tiny,
 
 
 @pytest.mark.parametrize(
-    ("schedule", "shares"), [("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0])]
+    ("schedule", "shares"),
+    [("constant", [0.5, 1, 1]), ("linear", [0.5, 0.75, 0.25]), ("cosine", [0.5, 0.853553, 0.146447])],
 )
-def test_the_rate_falls_to_zero_at_the_last_update_of_the_weights(schedule, shares, tiny, tmp_path):
+def test_the_rate_of_each_step_s_last_update_is_logged_and_falls_towards_the_end(schedule, shares, tiny, tmp_path):
     optimizer = {"learning_rate": 1e-2, "warmup_steps": 2, "schedule": schedule}  # two updates a step: one step
     run(tiny, "nft", tmp_path, steps=3, updates=2, optimizer=optimizer)
     assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([1e-2 * share for share in shares])
@@ -594,6 +622,20 @@ def test_noise_stops_the_run_and_pictures_do_not(tmp_path):
     slope = np.linspace(0, 200, 96)[None, :, None] + random.normal(0, 20, (32, 96, 3))
     alarms.noise(7, Image.fromarray(slope.clip(0, 255).astype(np.uint8)))
     alarms.noise(7, Image.new("RGB", (96, 32), "white"))
+
+
+def test_a_strip_s_prompt_belongs_to_the_task_it_was_taken_for(tiny, tmp_path):
+    tasks = tiny.values("distill", tmp_path)["tasks"]
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join(Path(task["prompts"]).read_text() for task in tasks))
+    tasks.append(tasks[1] | {"name": "all", "prompts": str(both), "held_out": 20})
+    config = tiny.recipe("distill", tmp_path, tasks=tasks, strip_prompts=3)
+    prompts = {task.name: task_prompts(task) for task in config.tasks}
+    shown = list(strip_prompts(config, prompts).items())
+    for (text, teacher), task in zip(shown, config.tasks, strict=True):
+        assert teacher == task.teacher
+        assert text in {prompt.prompt for prompt in prompts[task.name].held_out}
+    assert shown[0][0] in {prompt.prompt for prompt in prompts["all"].held_out}
 
 
 def test_a_strip_shows_base_teacher_and_student(tiny, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowopd_eval import flow
 from flowopd_eval.errors import RequestError
-from training.rollout import Schedule, generators, noise_like, rollout, solve, windows
+from training.rollout import Schedule, generators, inclusion, noise_like, rollout, solve, windows
 
 A, STEPS = 0.7, 6
 SHAPE = (2, 3, 5)
@@ -136,6 +136,13 @@ def test_windows_lie_in_their_range_reach_all_of_it_and_are_their_seeds(window: 
     assert all(steps == list(range(steps[0], steps[0] + window)) for steps in chosen)
     assert {steps[0] for steps in chosen} == set(range(low, high - window + 1))
     assert chosen == [windows([seed], STEPS, window, allowed)[0] for seed in range(200)]
+
+
+@pytest.mark.parametrize(("window", "allowed"), [(None, None), (1, (1, 4)), (2, None), (2, (1, 5)), (STEPS, None)])
+def test_the_share_of_samples_that_train_a_step_is_that_of_drawn_windows(window, allowed) -> None:
+    drawn = windows(range(4000), STEPS, window, allowed)
+    for i, share in enumerate(inclusion(STEPS, window, allowed)):
+        assert share == pytest.approx(sum(i in steps for steps in drawn) / len(drawn), abs=0.03)
 
 
 def test_without_a_window_every_step_is_trained() -> None:

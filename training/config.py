@@ -72,6 +72,9 @@ class Task(_Part):
     name: str
     prompts: str = Field(description="A prompt file, or `builtin:shapes` or `builtin:signs` of the miniature.")
     share: float = Field(1.0, gt=0, description="Weight of this task among the samples of a batch.")
+    balance: Literal["tags", "prompts"] = Field(
+        "tags", description="tags: the prompts' own tasks take turns; prompts: all prompts of the file alike."
+    )
     held_out: int = Field(64, ge=0, description="Prompts kept from training, for `check`; 0 for builtin prompts.")
     teacher: str | None = Field(None, description="One of [teachers]; needed by `distill` and `sft`.")
     rewards: dict[str, float] = Field(
@@ -291,7 +294,9 @@ class SFTConfig(_Trained):
     best_of: int = Field(1, gt=0, description="Candidates for each picture: the one with the highest reward is kept.")
     least_reward: float | None = Field(None, description="Kept pictures with less reward are not trained on.")
     text_dropout: float = Field(0.1, ge=0, le=1)
-    sigma_mean: float = 0.0
+    sigma_mean: float = Field(
+        1.1, description="Of the noise level's logit; ln 3 is that of a shift of 3 (Flow-GRPO's SFT)."
+    )
     sigma_std: float = Field(1.0, gt=0)
 
     @property

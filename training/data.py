@@ -92,7 +92,7 @@ class Mixture:
         self, tasks: Sequence[Task], prompts: Mapping[str, Sequence[Prompt]], batch: int, group: int, seed: int
     ) -> None:
         self.tasks, self.batch, self.group, self.seed = list(tasks), batch, group, seed
-        self._tags = [_by_tag(prompts[task.name]) for task in tasks]
+        self._tags = [_by_tag(prompts[t.name]) if t.balance == "tags" else [list(prompts[t.name])] for t in tasks]
         total = sum(task.share for task in tasks)
         self._shares = [task.share / total for task in tasks]
         self._order = lru_cache(maxsize=256)(self._shuffled)  # one for all samples of a round

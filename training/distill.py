@@ -22,7 +22,7 @@ from training.config import DistillConfig
 from training.data import Mixture, Sample
 from training.loop import Means, Parallel
 from training.policies import ANCHOR, Conditions, Policies
-from training.rollout import Schedule, Step, generators, noise_like, rollout, windows
+from training.rollout import Schedule, Step, generators, inclusion, noise_like, rollout, windows
 
 
 class Distillation:
@@ -34,7 +34,10 @@ class Distillation:
         self.guidance = policies.guidance
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
-        self.defined = (self.weights > 0).tolist()
+        reached = inclusion(r.trainable, r.window, r.bounds)
+        self.defined = [i < len(reached) and reached[i] > 0 and weight > 0 for i, weight in enumerate(self.weights)]
+        # A sample's loss is the mean over the steps that can be trained on; of a window, an unbiased estimate of it.
+        self.share = [1 / (sum(self.defined) * reached[i]) if ok else 0.0 for i, ok in enumerate(self.defined)]
         self.anchor = config.pull
 
     def identity(self) -> dict:
@@ -62,11 +65,10 @@ class Distillation:
             rows = [row for row, steps in enumerate(trained) if i in steps]
             v = torch.empty(x.shape, device=x.device)
             if rows:
-                share = torch.tensor([1 / len(trained[row]) for row in rows], device=x.device)
                 with self.parallel.sync(last and i == final):
                     ours = self.policies.student(x[rows], self.schedule.sigmas[i], conditions[rows], self.guidance)
                     loss = self._loss(i, x[rows], ours, conditions[rows], [samples[row] for row in rows], means)
-                    self.parallel.backward((loss * share).sum())
+                    self.parallel.backward(self.share[i] * loss.sum())
                 means.add("loss", *loss)
                 v[rows] = ours.detach()
             if others := [row for row in range(len(x)) if row not in rows]:
@@ -149,7 +151,7 @@ class PolicyGradient(Distillation):
         trained = self._trained_steps(samples)
         stochastic = [step for step in self._steps if self.schedule.stochastic[step.i]]
         for step in stochastic:
-            share = torch.tensor([(step.i in steps) / len(steps) for steps in trained], device=step.x.device)
+            asked = torch.tensor([step.i in steps for steps in trained], device=step.x.device)
             with self.parallel.sync(last and step is stochastic[-1]):
                 v = self.policies.student(step.x, self.schedule.sigmas[step.i], self._conditions, self.guidance)
                 log_prob = flow.log_prob(self.schedule.transition(step.i, step.x, v), step.x_next)
@@ -159,4 +161,4 @@ class PolicyGradient(Distillation):
                     if self.config.clip is None
                     else objectives.clipped_surrogate(log_prob, old, advantages[step.i], self.config.clip)
                 )
-                self.parallel.backward((loss * share).sum())
+                self.parallel.backward(self.share[step.i] * (loss * asked).sum())

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -165,7 +166,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     scheduler = learning_rates(config, optimizer)
-    # Its decay rises as (1 + n) / (10 + n) to the recipe's, as in the public code; else a short run exports its start.
+    # Its decay rises to the recipe's as (1 + n) / (10 + n), or a short run would export its start. n counts updates of
+    # the average; the public code counts steps, and so holds short runs back more (60 steps: by 30 instead of 10).
     ema = EMAModel(parameters, decay=o.ema)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
@@ -185,12 +187,16 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             raise RequestError(
                 f"{out} has done {first} steps, and steps = {config.steps}; give another `out`, or more."
             )
-    shown = strip_texts(config, prompts)
+    shown = strip_prompts(config, prompts)
     texts = list(dict.fromkeys([*(sample.prompt.prompt for sample in stage.needed(first)), *shown]))
     policies.prepare_text(texts[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
     policies.prepare_text(texts)
     policies.model = parallel.model = accelerator.prepare_model(policies.bank)
+
+    def export(step: int, folder: Path) -> None:
+        weights = averaged_weights(ema, parameters, step, o.ema_every)
+        write_adapter(student_with(policies, weights, parameters), folder, base_model=config.base)
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
@@ -198,7 +204,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             kept = {"step": step, "identity": identity, "bank": bank, "rng": torch.get_rng_state()}
             parts = {"optimizer": optimizer, "scheduler": scheduler, "ema": ema}
             checkpoints.save(step, kept | {name: part.state_dict() for name, part in parts.items()})
-            write_adapter(averaged(policies, ema, parameters), out / "adapter", base_model=config.base)
+            export(step, out / "adapter")
 
     log = Log(out, accelerator, config, first)
     alarms = Alarms(config.patience, out)
@@ -216,6 +222,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
                 means.add("stopped", float(bool(stopped)))
                 shown_means |= means.reduce()
                 alarms.finite(step, shown_means)
+                rate = float(scheduler.get_last_lr()[0])
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -226,14 +233,14 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
             alarms.moving(step, shown_means)
             stop = bool(shown_means.pop("stopped", 0.0))
             pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
-            log.step(step + 1, shown_means | pace | {"learning_rate": float(scheduler.get_last_lr()[0])})
+            log.step(step + 1, shown_means | pace | {"learning_rate": rate})
             done = step + 1 == config.steps
             if config.strip_every and accelerator.is_main_process and ((step + 1) % config.strip_every == 0 or done):
-                strip, students = draw_strip(policies, shown, routes_of(config, prompts, shown), config.seed)
+                strip, students = draw_strip(policies, shown, config.seed)
                 strip.save(out / f"strip_{step + 1:06d}.png")
                 alarms.noise(step, students)
             if config.snapshot_every and accelerator.is_main_process and (step + 1) % config.snapshot_every == 0:
-                write_adapter(averaged(policies, ema, parameters), out / "snapshots" / f"step-{step + 1:06d}")
+                export(step + 1, out / "snapshots" / f"step-{step + 1:06d}")
             if done or stop or time.monotonic() - last_save > config.save_minutes * 60:
                 save(step + 1)
                 last_save = time.monotonic()
@@ -241,6 +248,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
                 raise WorkError(f"Stopped at step {step + 1} of {config.steps}; the same command goes on from there.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        export(config.steps, out / "adapter")  # a run that was killed between its last checkpoint and its adapter, too
         seconds = time.monotonic() - started
         run = {"identity": identity, "steps": config.steps, "samples": config.steps * config.batch_size}
         run |= {"processes": accelerator.num_processes, "seconds_of_this_process": round(seconds, 1)}
@@ -280,15 +288,30 @@ def trackers(config: Trained) -> list[str] | None:
     return list(config.trackers) or None
 
 
-def averaged(policies: Policies, ema: EMAModel, parameters: Sequence[torch.nn.Parameter]) -> Adapter:
-    """The student with its averaged weights (the raw ones where the average has not begun)."""
-    if not ema.optimization_step:
-        return policies.bank.adapter(STUDENT)
-    ema.store(parameters)
-    ema.copy_to(parameters)
+def averaged_weights(
+    ema: EMAModel, parameters: Sequence[torch.nn.Parameter], step: int, every: int
+) -> list[torch.Tensor]:
+    """The average after ``step`` steps as it is exported: with the steps since its last update, as if one came now."""
+    if step % every == 0:
+        return list(ema.shadow_params)
+    decay = ema.get_decay(ema.optimization_step + 1)
+    pairs = zip(ema.shadow_params, parameters, strict=True)
+    return [decay * average + (1 - decay) * parameter.detach() for average, parameter in pairs]
+
+
+def student_with(policies: Policies, weights: Sequence[Tensor], parameters: Sequence[torch.nn.Parameter]) -> Adapter:
+    """The student's adapter with ``weights`` in the place of its own."""
+    own = [parameter.detach().clone() for parameter in parameters]
+    _fill(parameters, weights)
     adapter = policies.bank.adapter(STUDENT)
-    ema.restore(parameters)
+    _fill(parameters, own)
     return adapter
+
+
+@torch.no_grad()
+def _fill(parameters: Sequence[torch.nn.Parameter], weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.copy_(weight)
 
 
 def check_processes(config: Trained, processes: int) -> None:
@@ -340,19 +363,14 @@ def _with_defaults(recipe: Mapping[str, Any], config: Trained) -> Mapping[str, A
     return whole.model_dump(mode="json", exclude=FREE)
 
 
-def strip_texts(config: Trained, prompts: Mapping[str, Prompts]) -> list[str]:
-    """The prompts of the strips: of each task in turn, held-out ones where there are any."""
-    pools = [p.held_out or p.training for p in prompts.values()]
-    picked = [pool[n * len(pool) // config.strip_prompts] for n in range(config.strip_prompts) for pool in pools]
-    return list(dict.fromkeys(prompt.prompt for prompt in picked))[: config.strip_prompts]
-
-
-def routes_of(config: Trained, prompts: Mapping[str, Prompts], shown: Sequence[str]) -> list[str | None]:
-    """Name of the teacher of each shown prompt."""
-    task_of = {
-        p.prompt: task for task in config.tasks for p in prompts[task.name].held_out or prompts[task.name].training
-    }
-    return [task_of[text].teacher for text in shown]
+def strip_prompts(config: Trained, prompts: Mapping[str, Prompts]) -> dict[str, str | None]:
+    """The strips' prompts, of each task in turn and held-out where there are any; text -> its task's teacher."""
+    shown: dict[str, str | None] = {}
+    for n in range(config.strip_prompts):
+        for task in config.tasks:
+            pool = prompts[task.name].held_out or prompts[task.name].training
+            shown.setdefault(pool[n * len(pool) // config.strip_prompts].prompt, task.teacher)
+    return dict(islice(shown.items(), config.strip_prompts))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from flowopd_eval.adapters import Adapter, AdapterBank, fresh_adapter, merge_ada
 from flowopd_eval.download import list_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.flow import guided_velocity
-from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapter, resolve
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapter, record_of, resolve
 from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import SamplingRecord
@@ -156,7 +156,7 @@ class Policies:
 
     def _expert(self, name: str, teacher: Teacher, adapter: Adapter | None) -> Expert:
         guidance = teacher_guidance(teacher, self.record)
-        length = self.record.text_length if teacher.text_length is None else teacher.text_length
+        length = teacher_text_length(teacher, self.record)
         if adapter is not None:
             return Expert(name, name, None, guidance, length, adapter.sha256)
         source = "" if teacher.source == "base" else resolve(teacher.source).base
@@ -279,11 +279,15 @@ def guidance_of(config: Trained, record: SamplingRecord) -> float:
 
 
 def teacher_guidance(teacher: Teacher, record: SamplingRecord) -> float:
-    """The scale a teacher teaches with: the recipe's, else that of the model it names, else the base's record's."""
-    if teacher.guidance is not None:
-        return teacher.guidance
-    named = teacher.source.partition(":")[0] in FAMILIES
-    return resolve(teacher.source).record.guidance if named else record.guidance
+    """The scale a teacher teaches with: the recipe's, else its own record's, else the base's record's."""
+    own = record_of(teacher.source) or record
+    return own.guidance if teacher.guidance is None else teacher.guidance
+
+
+def teacher_text_length(teacher: Teacher, record: SamplingRecord) -> int:
+    """The T5 tokens a teacher reads: as :func:`teacher_guidance`."""
+    own = record_of(teacher.source) or record
+    return own.text_length if teacher.text_length is None else teacher.text_length
 
 
 def _load(folder: Path, record: SamplingRecord, dtype: torch.dtype, parts: Mapping[str, Any]) -> FlowOPDPipeline:

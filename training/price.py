@@ -38,8 +38,17 @@ from training.architecture import Architecture, architecture, build, text_encode
 from training.config import Config, DistillConfig, GRPOConfig, NFTConfig, Rollout, SFTConfig, Task, Teacher, Trained
 from training.data import Embeddings, Mixture, Sample, Text, task_prompts
 from training.meter import Meter, device_attention
-from training.policies import ANCHOR, STUDENT, Expert, Policies, guidance_of, store, teacher_guidance
-from training.rollout import Schedule
+from training.policies import (
+    ANCHOR,
+    STUDENT,
+    Expert,
+    Policies,
+    guidance_of,
+    store,
+    teacher_guidance,
+    teacher_text_length,
+)
+from training.rollout import Schedule, inclusion
 
 # Effective TFLOP/s of a training step, by the recipe's precision. Assumed, not measured.
 SPEEDS: Mapping[str, Mapping[str, float]] = {
@@ -107,7 +116,7 @@ class Weightless(Policies):
                 name if ranks[name] else None,
                 self._transformer(base) if ranks[name] == 0 else None,
                 teacher_guidance(teacher, base.record),
-                base.record.text_length if teacher.text_length is None else teacher.text_length,
+                teacher_text_length(teacher, base.record),
                 None,
             )
             for name, teacher in wanted.items()
@@ -259,11 +268,8 @@ def _rows(guidance: float) -> int:
 
 def trained_steps(rollout: Rollout, possible: Sequence[bool]) -> float:
     """Expected number of trained steps a sample: those of its window that are ``possible``."""
-    if rollout.window is None:
-        return sum(possible[: rollout.trainable])
-    low, high = rollout.bounds
-    starts = range(low, high - rollout.window + 1)
-    return sum(sum(possible[first : first + rollout.window]) for first in starts) / len(starts)
+    reached = inclusion(rollout.trainable, rollout.window, rollout.bounds)
+    return sum(share for share, ok in zip(reached, possible, strict=False) if ok)
 
 
 def work(config: Trained, record: SamplingRecord) -> tuple[Work, ...]:

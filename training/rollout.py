@@ -168,3 +168,14 @@ def windows(
         first = low + int(torch.randint(high - low - window + 1, (1,), generator=source))
         chosen.append(list(range(first, first + window)))
     return chosen
+
+
+def inclusion(steps: int, window: int | None, window_range: tuple[int, int] | None) -> list[float]:
+    """The share of samples that :func:`windows` trains on each step: the steps at the ends of the range have fewer.
+
+    A step's loss divided by it has the loss over all steps of the range as its mean.
+    """
+    low, high = window_range or (0, steps)
+    length = high - low if window is None else window
+    starts = range(low, high - length + 1)
+    return [sum(first <= i < first + length for first in starts) / len(starts) for i in range(steps)]

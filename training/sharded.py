@@ -39,13 +39,13 @@ from training.data import Mixture, Text, task_prompts
 from training.loop import (
     MakeStage,
     Parallel,
+    averaged_weights,
     catch_signals,
     check_identity,
     check_processes,
     learning_rates,
-    routes_of,
     run_identity,
-    strip_texts,
+    strip_prompts,
     trackers,
 )
 from training.policies import STUDENT, Conditions, Expert, Policies, guided, transformer_inputs
@@ -211,10 +211,9 @@ class Trainee:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    @property
-    def averaged(self) -> list[Tensor]:
-        """The averaged weights (the raw ones where the average has not begun), as they are distributed."""
-        return list(self.ema.shadow_params if self.ema.optimization_step else self.parameters)
+    def averaged(self, step: int, every: int) -> list[Tensor]:
+        """The averaged weights after ``step`` steps, as they are distributed."""
+        return averaged_weights(self.ema, self.parameters, step, every)
 
     def _tensors(self) -> dict[str, Any]:
         weights, moments = get_state_dict(self.model, self.optimizer)
@@ -303,14 +302,14 @@ def train_full(config: DistillConfig, make: MakeStage, out: Path, *, resume: boo
                 f"{out} has done {first} steps, and steps = {config.steps}; give another `out`, or more."
             )
         trainee.load(path, kept)
-    shown = strip_texts(config, prompts)
+    shown = strip_prompts(config, prompts)
     texts = list(dict.fromkeys([*(sample.prompt.prompt for sample in stage.needed(first)), *shown]))
     policies.prepare_text(texts[accelerator.process_index :: accelerator.num_processes])
     accelerator.wait_for_everyone()
     policies.prepare_text(texts)
 
     log, alarms = Log(out, accelerator, config, first), Alarms(config.patience, out)
-    last_save = time.monotonic()
+    last_save, every = time.monotonic(), config.optimizer.ema_every
     if accelerator.is_main_process:
         (out / "recipe.json").write_text(json.dumps(config.model_dump(), indent=2) + "\n")
     with catch_signals() as stopped, log:
@@ -325,27 +324,28 @@ def train_full(config: DistillConfig, make: MakeStage, out: Path, *, resume: boo
             seen = means.reduce()
             stop, due = bool(seen.pop("stopped")), bool(seen.pop("due"))
             alarms.finite(step, seen)
+            rate = float(trainee.scheduler.get_last_lr()[0])
             trainee.update()
-            if (step + 1) % config.optimizer.ema_every == 0:
+            if (step + 1) % every == 0:
                 trainee.ema.step(trainee.parameters)
             alarms.moving(step, seen)
             pace = {"pictures_per_second": config.batch_size / (time.monotonic() - began), "memory_gb": memory_gb()}
-            log.step(step + 1, seen | pace | {"learning_rate": float(trainee.scheduler.get_last_lr()[0])})
+            log.step(step + 1, seen | pace | {"learning_rate": rate})
             done = step + 1 == config.steps
             if config.strip_every and ((step + 1) % config.strip_every == 0 or done):
-                strip, students = draw_strip(policies, shown, routes_of(config, prompts, shown), config.seed)
+                strip, students = draw_strip(policies, shown, config.seed)
                 if accelerator.is_main_process:
                     strip.save(out / f"strip_{step + 1:06d}.png")
                 alarms.noise(step, students)
             if config.snapshot_every and (step + 1) % config.snapshot_every == 0:
                 folder = out / "snapshots" / f"step-{step + 1:06d}"
-                export(policies.model, trainee.averaged, folder, policies.dtype)
+                export(policies.model, trainee.averaged(step + 1, every), folder, policies.dtype)
             if done or stop or due:
                 trainee.save(step + 1, identity)
                 last_save = time.monotonic()
             if stop and not done:
                 raise WorkError(f"Stopped at step {step + 1} of {config.steps}; the same command goes on from there.")
-    export(policies.model, trainee.averaged, out / "transformer", policies.dtype)
+    export(policies.model, trainee.averaged(config.steps, every), out / "transformer", policies.dtype)
     if accelerator.is_main_process:
         run = {"identity": identity, "steps": config.steps, "samples": config.steps * config.batch_size}
         (out / "run.json").write_text(json.dumps(run | {"first_step": first, **provenance()}, indent=2) + "\n")

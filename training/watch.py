@@ -157,10 +157,12 @@ def draw_ode(
     return policies.decode(x)
 
 
-def draw_strip(
-    policies: Policies, prompts: Sequence[str], teachers: Sequence[str | None], seed: int
-) -> tuple[Image.Image, Image.Image]:
-    """Fixed prompts from fixed noise, a row each for base, routed teachers and student; and the last row alone."""
+def draw_strip(policies: Policies, shown: Mapping[str, str | None], seed: int) -> tuple[Image.Image, Image.Image]:
+    """Fixed prompts from fixed noise, a row each for base, teachers and student; and the last row alone.
+
+    ``shown`` has prompt -> the teacher it is routed to (None for all: no row of teachers).
+    """
+    prompts, teachers = list(shown), list(shown.values())
     seeds = [(seed * 1_000_003 + n) % 2**63 for n in range(len(prompts))]
     arms: list[Sequence[Expert | None]] = [[policies.base] * len(prompts), [None] * len(prompts)]
     if all(teachers):
