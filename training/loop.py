@@ -167,7 +167,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     optimizer = torch.optim.AdamW(parameters, lr=o.learning_rate, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay)
     scheduler = learning_rates(config, optimizer)
     # Its decay rises to the recipe's as (1 + n) / (10 + n), or a short run would export its start. n counts updates of
-    # the average; the public code counts steps, and so holds short runs back more (60 steps: by 30 instead of 10).
+    # the average; the public code counts steps, and so holds short runs back more (60 steps: by 30 instead of 5).
     ema = EMAModel(parameters, decay=o.ema)
     checkpoints = Checkpoints(out / "checkpoints", config.keep)
     state = checkpoints.latest()
