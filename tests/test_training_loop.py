@@ -487,6 +487,16 @@ def test_a_run_that_began_before_a_setting_existed_is_gone_on_with(tiny, tmp_pat
     assert checkpoints.latest()["step"] == 2
 
 
+def test_a_run_of_an_earlier_version_that_makes_other_weights_is_not_gone_on_with(tiny, tmp_path):
+    run(tiny, "direct", tmp_path, steps=1)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    state = checkpoints.latest()
+    state["identity"]["schema"] -= 1
+    checkpoints.save(1, state)
+    with pytest.raises(RequestError, match="begun by an earlier version .* another `out`"):
+        run(tiny, "direct", tmp_path, steps=2)
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 def in_one_of_two(tiny, kind, out, changes):
     AcceleratorState._reset_state(True)  # the parent's, which was alone
