@@ -10,6 +10,7 @@ from pathlib import Path
 from flowopd_eval.benches import bench_by_key
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
+from flowopd_eval.hub.metadata import front_matter
 from flowopd_eval.models import FAMILIES
 from flowopd_eval.records import Prompt
 
@@ -104,12 +105,9 @@ def licence_of_repository(source: str) -> str:
     Raises:
         RequestError: it states none, or cannot be asked.
     """
-    from huggingface_hub import RepoCard
-
     folder, resolved = fetch_files(source, ["README.md"])
-    readme = folder / "README.md"
-    data = RepoCard(readme.read_text(), ignore_metadata_errors=True).data if readme.is_file() else None
-    stated = (data.get("license"), data.get("license_name")) if data else (None, None)
+    data = front_matter(folder / "README.md")
+    stated = (data.get("license"), data.get("license_name"))
     found = stated[1] if stated[0] in (None, "other") else stated[0]
     if not isinstance(found, str) or found == "unknown":
         raise RequestError(

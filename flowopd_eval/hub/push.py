@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.hub.metadata import front_matter
 from flowopd_eval.hub.repository import Kind, Repository, refuse_secrets
 from flowopd_eval.models import FAMILIES
 
@@ -32,14 +33,7 @@ def kind_of(source: str) -> Kind:
         raise RequestError(f"{source} is a training run: push its adapter, {folder / 'adapter'}.")
     if (folder / "run.json").is_file():
         return "dataset"
-    readme = folder / "README.md"
-    return "space" if readme.is_file() and _says_sdk(readme) else "model"
-
-
-def _says_sdk(readme: Path) -> bool:
-    from flowopd_eval.hub.space import front_matter
-
-    return "sdk" in front_matter(readme)
+    return "space" if "sdk" in front_matter(folder / "README.md") else "model"
 
 
 def stage(source: str, name: str, runs: Sequence[Path], scratch: Path) -> Repository:

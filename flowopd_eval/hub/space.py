@@ -5,26 +5,15 @@ from __future__ import annotations
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from flowopd_eval.errors import RequestError
+from flowopd_eval.hub.metadata import front_matter
 from flowopd_eval.hub.repository import Content, Repository
 
 REQUIREMENTS = "requirements.txt"
 _PACKAGE = re.compile(r"flowopd[-_]eval(?![\w-])", re.IGNORECASE)
 _SUFFIXES = {".py", ".md", ".txt", ".css", ".js", ".html", ".j2", ".json", ".toml", ".svg", ".png", ".jpg", ".ico"}
 _NEEDS = ("sdk", "app_file")
-
-
-def front_matter(readme: Path) -> dict[str, Any]:
-    """The metadata on top of a README; empty where there is none that can be read."""
-    from huggingface_hub import RepoCard
-    from yaml import YAMLError
-
-    try:
-        return RepoCard(readme.read_text(), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError, YAMLError):
-        return {}
 
 
 def space_repository(folder: Path) -> Repository:
