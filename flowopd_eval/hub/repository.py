@@ -14,6 +14,7 @@ from flowopd_eval.errors import RequestError
 
 Kind = Literal["model", "dataset", "space"]
 Content = bytes | Path
+CARD = "README.md"
 
 # A path with a root: after the beginning, a blank or a mark that opens something; not the slashes of an address.
 _ROOTED = re.compile(r"""(?:(?<=[\s='"(,])|^)(?:~|/|[A-Za-z]:[\\/])[^\s'",]*[\\/]([^\s'",\\/]*)""")
@@ -26,18 +27,13 @@ _OVERLAP = 4096
 class Repository:
     """Every file of a push by its path there: its bytes, or the file they are read from. Nothing else is uploaded.
 
-    ``owned`` are the files, and with a slash at the end the folders, that belong to a push alone: what is there of an
-    earlier one, and not in ``files``, is removed.
+    ``notes`` are said with the list, before anything is sent.
     """
 
     kind: Kind
     files: Mapping[str, Content]
-    owned: tuple[str, ...] = ()
     sdk: str | None = None
-
-    def owns(self, path: str) -> bool:
-        """Whether a path in the repository belongs to a push alone."""
-        return any(path.startswith(one) if one.endswith("/") else path == one for one in self.owned)
+    notes: tuple[str, ...] = ()
 
     def size(self, path: str) -> int:
         """Bytes of a file."""

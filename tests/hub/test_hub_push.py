@@ -17,7 +17,7 @@ from flowopd_eval.hub.subject import read_subject, skeleton
 from flowopd_eval.models import FAMILIES
 
 WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md"]
+OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md", "pushed.json"]
 RESULTS = ["metrics.json", "samples.jsonl", "samples.png"]
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -39,7 +39,7 @@ def test_a_push_creates_a_private_repository_of_what_it_has_shown(machine, hub, 
     pictures = [name for name in mine if name.startswith("samples/")]
     assert len(pictures) == 24
     assert sorted(mine) == sorted(WEIGHTS + OTHERS + RESULTS + pictures)
-    shown, _, after = answer.out.partition("in all, 35 files")
+    shown, _, after = answer.out.partition("in all, 36 files")
     assert all(name in shown for name in mine)
     assert f"/me/first/tree/{repo.head}" in after
     puts = [line for line in hub.log if line.startswith("PUT")]
@@ -70,19 +70,93 @@ def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, fi
     head, before = of(hub, pushed).head, len(hub.log)
     answer = machine("push", trained / "adapter", pushed, "--run", finished)
     assert answer.code == 0, answer.err
-    assert "Nothing has changed" in answer.out
+    assert "No file has changed" in answer.out
     assert of(hub, pushed).head == head
     assert not [line for line in hub.log[before:] if line.startswith("PUT") or "/commit/" in line]
 
 
-def test_results_that_are_no_longer_there_go_and_files_of_others_stay(machine, hub, trained, pushed):
+def test_what_a_push_wrote_and_the_next_does_not_is_removed_as_shown_and_nothing_else(machine, hub, trained, pushed):
     repo = of(hub, pushed)
-    repo.files["mine.txt"] = b"by hand"
+    stale = [name for name in repo.files if name.startswith("samples")] + ["metrics.json"]
+    repo.files.update({"mine.txt": b"by hand", "samples/mine.png": b"by hand"})
+    head = repo.head
+    dry = machine("push", trained / "adapter", pushed, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert repo.head == head
     answer = machine("push", trained / "adapter", pushed)
     assert answer.code == 0, answer.err
-    assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", *WEIGHTS, *OTHERS])
+    for shown in (dry.out, answer.out):
+        gone = [line.split()[-1] for line in shown.splitlines() if line.split()[:1] == ["removed"]]
+        assert sorted(gone) == sorted(stale)
+    assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", "samples/mine.png", *WEIGHTS, *OTHERS])
     assert b"None were published" in repo.files["README.md"]
     assert b"metrics" not in repo.files["README.md"]
+
+
+def test_a_card_that_was_edited_is_not_overwritten(machine, hub, trained, pushed):
+    repo = of(hub, pushed)
+    written = repo.files["README.md"]
+    repo.files["README.md"] = written + b"Thanks to all."
+    repo.head, repo.revisions["e" * 40] = "e" * 40, repo.files
+    for words in ([], ["--dry-run"]):
+        answer = machine("push", trained / "adapter", pushed, *words)
+        assert answer.code == 2
+        assert f"README.md of {pushed} was written or edited by hand" in answer.err
+        assert "delete README.md there" in answer.err
+    assert repo.head == "e" * 40
+    del repo.files["README.md"]
+    repo.head, repo.revisions["f" * 40] = "f" * 40, repo.files
+    assert machine("push", trained / "adapter", pushed).code == 0
+    assert b"None were published" in repo.files["README.md"]
+
+
+def test_a_card_of_somebodys_own_is_not_overwritten_by_the_first_push(machine, hub, trained):
+    hub.repositories["models/me/own"] = Stored({"9" * 40: {"README.md": b"---\nlicense: mit\n---\n"}}, "9" * 40, True)
+    answer = machine("push", trained / "adapter", "me/own")
+    assert (answer.code, "was written or edited by hand" in answer.err) == (2, True), answer.err
+    assert hub.writes() == []
+
+
+def test_a_damaged_list_of_an_earlier_push_is_told(machine, hub, trained):
+    files = {"pushed.json": b'{"files": 1}'}
+    hub.repositories["models/me/list"] = Stored({"8" * 40: files}, "8" * 40, True)
+    answer = machine("push", trained / "adapter", "me/list")
+    assert (answer.code, "pushed.json of me/list is damaged" in answer.err) == (2, True), answer.err
+    assert hub.writes() == []
+
+
+def test_what_is_pushed_again_keeps_its_sampling_record(machine, hub, gentle, pushed, tmp_path):
+    """The adapter was scored with 2 steps and guidance 1; the family's record has 20 and 4.5."""
+    record = json.loads(of(hub, pushed).files["flow_opd.json"])
+    assert (record["record"]["steps"], record["record"]["guidance"]) == (2, 1.0)
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "flow_opd.json").write_text(json.dumps(record))
+    head = of(hub, pushed).head
+    for source, origin in (
+        (f"hub:{pushed}", f"flow_opd.json of hub:{pushed}@{head}"),
+        (tmp_path, "flow_opd.json beside the adapter"),
+        (tmp_path / WEIGHTS[1], "flow_opd.json beside the adapter"),
+    ):
+        answer = machine("push", source, "me/twice")
+        assert answer.code == 0, answer.err
+        assert json.loads(of(hub, "me/twice").files["flow_opd.json"]) == record
+        assert f"Drawn with 2 steps, guidance 1, shift 3, 64x64, text length 0, float32: from {origin}." in answer.out
+
+
+@pytest.mark.parametrize(
+    ("files", "guidance", "origin"),
+    [
+        ({}, 4.5, "usual, as there is no flow_opd.json and no recipe"),
+        ({"recipe.json": {"stage": "nft", "guidance": 2.5}}, 2.5, "the recipe's guidance"),
+        ({"flow_opd.json": {"record": {"steps": 3}, "experts": []}}, 4.5, "usual"),  # of a saved pipeline
+    ],
+)
+def test_where_the_record_was_found_is_said(gentle, tmp_path, files, guidance, origin):
+    write_adapter(gentle, tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    subject = read_subject(str(tmp_path))
+    assert (subject.record.guidance, origin in subject.record_from) == (guidance, True)
 
 
 def test_a_dry_run_shows_everything_and_sends_nothing(machine, hub, trained, finished):
@@ -91,6 +165,27 @@ def test_a_dry_run_shows_everything_and_sends_nothing(machine, hub, trained, fin
     assert answer.code == 0, answer.err
     assert "README.md" in answer.out
     assert "nothing was sent" in answer.out
+    assert hub.writes() == []
+
+
+@pytest.fixture
+def offline(machine):
+    place = "import os, huggingface_hub.constants as c; c.HF_HUB_OFFLINE = bool({0!r}); os.environ['{1}'] = {0!r}"
+    yield lambda variable: machine.python(place.format("1", variable))
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        machine.python(place.format("", variable))
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_mode_is_named(machine, hub, trained, offline, variable):
+    offline(variable)
+    answer = machine("push", trained / "adapter", "me/off")
+    assert answer.code == 2
+    assert f"Offline mode is on, and nothing was sent: unset {variable}" in answer.err
+    assert "same command again" not in answer.err
+    dry = machine("push", trained / "adapter", "me/off", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "What lies at me/off is not known" in dry.err
     assert hub.log == []
 
 
@@ -98,14 +193,22 @@ def test_only_public_makes_public(machine, hub, trained):
     adapter = trained / "adapter"
     assert machine("push", adapter, "me/open").code == 0
     assert of(hub, "me/open").private
-    assert machine("push", adapter, "me/open", "--public").code == 0
-    assert not of(hub, "me/open").private
     head = of(hub, "me/open").head
-    answer = machine("push", adapter, "me/open")
-    assert answer.code == 2
-    assert "me/open is public" in answer.err
+    dry = machine("push", adapter, "me/open", "--public", "--dry-run")
+    assert "private until now, public from this push on" in dry.out
+    assert of(hub, "me/open").private
+    opened = machine("push", adapter, "me/open", "--public")
+    assert opened.code == 0, opened.err
+    assert not of(hub, "me/open").private
+    assert "No file has changed" in opened.out
+    assert "me/open was private, and is public now" in opened.out
+    for words in ([], ["--dry-run"]):
+        answer = machine("push", adapter, "me/open", *words)
+        assert answer.code == 2
+        assert "me/open is public" in answer.err
     assert of(hub, "me/open").head == head
-    assert machine("push", adapter, "me/new", "--public").code == 0
+    new = machine("push", adapter, "me/new", "--public")
+    assert (new.code, "was private" in new.out) == (0, False)
     assert not of(hub, "me/new").private
 
 
@@ -146,6 +249,9 @@ def test_a_broken_upload_commits_nothing_and_the_next_sends_the_rest(machine, hu
         (None, "nobody/a", 2, "The Hub has no nobody/a"),
         (None, "a", 2, "Expected a repository as OWNER/NAME, but got 'a'"),
         (None, "me/../a", 2, "Expected a repository as OWNER/NAME"),
+        (None, "me/a--b", 2, "Expected a repository as OWNER/NAME, but got 'me/a--b': Cannot have -- or .."),
+        (None, "me/a.git", 2, "Expected a repository as OWNER/NAME, but got 'me/a.git'"),
+        (None, "me/a/b", 2, "Expected a repository as OWNER/NAME, but got 'me/a/b'"),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_its_remedy(machine, hub, trained, token, name, code, why):
