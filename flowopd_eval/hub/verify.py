@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING, Any
 from flowopd_eval import store
 from flowopd_eval.benches import USUAL, Bench, bench_by_key, scorer_of
 from flowopd_eval.doctor import TOLERANCE
-from flowopd_eval.download import fetch_files
+from flowopd_eval.download import commit_of, fetch_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import Progress, identity_of, judge, mean_over, standard_metrics
 from flowopd_eval.hub.card import score_rows
 from flowopd_eval.hub.layout import CARD, CLAIMS, METRICS, WEIGHTS
 from flowopd_eval.hub.metadata import card_metadata
+from flowopd_eval.hub.repository import without_paths
 from flowopd_eval.hub.results import Claim, pixels_sha256, prompt_of
 from flowopd_eval.hub.stated import Stated, read_stated
 from flowopd_eval.models import Backbone, ModelGenerator, resolve
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 LEVEL = 0.99
 SAME_LEVELS = 2  # of 255: what float32 may differ by between batch sizes
 _BATCH = 8
+_UNASKED = "the Hub could not be asked: this is the commit in the local cache, which may not be the newest there"
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         progress: told after each batch.
 
     Raises:
-        RequestError: no such repository, none that was published so, or one without scores.
+        RequestError: no such repository or revision for this token, none that was published so, or one without scores.
         WorkError: the model drew NaN.
     """
-    folder, resolved = fetch_files(source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
+    now = commit_of(source)
+    folder, resolved = fetch_files(now or source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
     spec = resolve(resolved)
     if spec.adapter is None:
         raise RequestError(f"{resolved} is not an adapter that `flowopd-eval push` published.")
@@ -107,7 +110,7 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
     seed = resolved.rpartition("@")[2]
     verdicts = []
     for key, summary in stated.summaries.items():
-        findings, bench = _Findings(), bench_by_key(key)
+        findings, bench = _Findings(notes=[] if now else [_UNASKED]), bench_by_key(key)
         findings.expect(bench.objects == spec.objects, f"{key} is not a metric of what {spec.about} draws")
         mine = [claim for claim in stated.claims if claim.key == key]
         _same_model(findings, generator, stated, summary)
@@ -266,7 +269,7 @@ def _judged(
     except RequestError as error:
         findings.notes.append(f"not judged again: {error}")
         return [None] * len(drawn)
-    if changed := store.differences(theirs, mine):
+    if changed := store.differences(theirs, without_paths(mine)):
         findings.notes.append(f"another judge than the card's: {'; '.join(changed)}")
     return [*judge(scorer, drawn, prompts)]
 

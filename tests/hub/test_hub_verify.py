@@ -49,6 +49,7 @@ def test_an_honest_card_is_consistent_picture_by_picture(machine, hub, pushed):
     assert answer.code == 0, answer.err
     head = hub.repositories[f"models/{pushed}"].head
     assert f"hub:{pushed}@{head}" in answer.out
+    assert "could not be asked" not in answer.out
     assert "of 15 drawn again are identical" in answer.out  # and a quarter of published ones
     assert "the largest difference is" in answer.out
     levels = int(answer.out.split("the largest difference is ")[1].split()[0])
@@ -209,6 +210,46 @@ def test_what_is_damaged_or_foreign_is_refused_in_words(machine, hub, pushed, na
     speaks_of_all = ("names the backbone", "publishes no scores", "is not an adapter")
     assert why.startswith(speaks_of_all) or name in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.fixture
+def unreachable(machine):
+    """Makes the Hub one that does not answer."""
+    machine.python("import flowopd_eval.download as d; d.before = d.hub_answers; d.hub_answers = lambda: False")
+    yield
+    machine.python("import flowopd_eval.download as d; d.hub_answers = d.before")
+
+
+@pytest.fixture
+def cached(machine, pushed) -> str:
+    """What was pushed, in this machine's cache."""
+    answer = machine.python(f"from flowopd_eval.download import fetch_files as f; f('hub:{pushed}', ['*', '*/*'])")
+    assert answer.code == 0, answer.err
+    return pushed
+
+
+@pytest.mark.parametrize("how", ["revision", "removed", "token"])
+def test_a_hub_that_refuses_is_not_replaced_by_the_cache(machine, hub, cached, how):
+    name = cached
+    if how == "revision":
+        name += "@main2"
+    elif how == "removed":
+        del hub.repositories[f"models/{cached}"]
+    else:
+        machine.token = "hf_other"
+    answer = machine("verify", name, "--pictures", 8)
+    why = "has no revision 'main2'" if how == "revision" else "no repository 'me/gentle' on the Hub that this token may"
+    assert (answer.code, why in answer.err) == (2, True), answer.err
+    assert "consistent" not in answer.out
+
+
+def test_a_hub_that_cannot_be_asked_is_told_with_the_commit_that_was_verified(machine, hub, cached, unreachable):
+    before = len(hub.log)
+    answer = machine("verify", cached, "--pictures", 8)
+    assert answer.code == 0, answer.err
+    assert f"hub:{cached}@{hub.repositories[f'models/{cached}'].head}" in answer.out
+    assert "the Hub could not be asked: this is the commit in the local cache" in answer.out
+    assert len(hub.log) == before
 
 
 @pytest.mark.parametrize(
