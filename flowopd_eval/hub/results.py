@@ -87,11 +87,16 @@ def read_results(runs: Sequence[Path], subject: Subject, name: str) -> Results:
         key = entry.summary["key"]
         if key in summaries:
             raise RequestError(f"{key} is in two of the runs: give the one whose result is to be published.")
-        summaries[key] = {**entry.summary, "model": f"{subject.base}+{name}"}
+        summaries[key] = _renamed(entry.summary, f"{subject.base}+{name}")
         claimed(summaries[key])
         claims += _claims(entry, pictures, max(1, SHOWN // len(entries)))
     record = SamplingRecord(**json.loads(next(iter(records)))) if records else None
     return Results(summaries, claims, pictures, record)
+
+
+def _renamed(summary: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The summary with the name that the model has in its repository, wherever the run's own name stood."""
+    return {**summary, "model": model, "generator": {**summary["generator"], "model": model}}
 
 
 def _entries(run: Path, subject: Subject) -> list[Entry]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.hub.licences import licence_of_repository
-from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.repository import without_places
 from flowopd_eval.models import (
     FAMILIES,
     MERGE,
@@ -120,8 +120,8 @@ def read_subject(source: str) -> Subject:
         record,
         record_from,
         folder,
-        without_paths(recipe),
-        without_paths(making.get("run", {})),
+        without_places(recipe),
+        without_places(making.get("run", {})),
         upstream,
     )
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from loopback_hub import Stored
@@ -12,9 +15,11 @@ from random_adapters import random_adapter
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.licences import licence_files
+from flowopd_eval.hub.repository import Repository, refuse_secrets, without_paths, without_places
+from flowopd_eval.hub.results import _check_backbone
 from flowopd_eval.hub.subject import read_subject, skeleton
-from flowopd_eval.models import FAMILIES
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 
 WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
 OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md", "pushed.json"]
@@ -60,10 +65,16 @@ def test_neither_token_nor_strangers_nor_home_leave_the_machine(machine, hub, pu
     token = machine.token
     assert token not in "".join(hub.log)
     for content in (*of(hub, pushed).files.values(), *hub.bodies, *hub.objects.values()):
-        for secret in (token, "opensesame", "/home/someone", str(machine.folder)):
+        for secret in (token, "opensesame", "/home/someone", "runs/private", str(machine.folder)):
             assert secret.encode() not in content
     recipe = json.loads(of(hub, pushed).files["recipe.json"])
     assert (recipe["cache"], recipe["tasks"][0]["prompts"]) == ("embeddings", "mine.jsonl")
+    assert (recipe["out"], recipe["log"]) == ("first", "log")
+
+
+def test_one_model_has_one_name(hub, pushed):
+    (summary,) = json.loads(of(hub, pushed).files["metrics.json"])["metrics"].values()
+    assert summary["model"] == summary["generator"]["model"] == f"tiny:base+{pushed}"
 
 
 def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, finished, pushed):
@@ -407,6 +418,23 @@ def sd35(tmp_path_factory):
     return folder
 
 
+# The lines by which it is known, as one of its copies has them.
+AGREEMENT = """STABILITY AI COMMUNITY LICENSE AGREEMENT
+Last Updated: July 5, 2024
+
+II. RESEARCH & NON-COMMERCIAL USE LICENSE
+III. COMMERCIAL USE LICENSE
+Subject to the terms of this Agreement (including the remainder of this Section
+III), Stability AI grants You ...
+IV. GENERAL TERMS
+a. **Distribution & Attribution.** ... (iii) prominently display "Powered by Stability AI" ...
+e. Limitation Of Liability. ...
+g. Governing Law. ...
+V. DEFINITION(S)
+"Trade Control Laws" means any applicable ...
+"""
+
+
 def test_sd35_takes_its_licence_along_from_its_own_repository(machine, hub, sd35):
     refused = machine("push", sd35, "me/sd")
     assert refused.code == 2
@@ -430,9 +458,28 @@ def test_sd35_takes_its_licence_along_from_its_own_repository(machine, hub, sd35
 
 def test_a_licence_beside_the_adapter_serves_without_the_gated_repository(machine, hub, sd35, tmp_path):
     shutil.copytree(sd35, tmp_path / "a")
-    (tmp_path / "a" / "LICENSE.md").write_text("by hand")
+    (tmp_path / "a" / "LICENSE.md").write_text(AGREEMENT)
     assert machine("push", tmp_path / "a", "me/sd2").code == 0
-    assert of(hub, "me/sd2").files["LICENSE.md"] == b"by hand"
+    assert of(hub, "me/sd2").files["LICENSE.md"].decode() == AGREEMENT
+
+
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("MIT License", "Stability AI Community License Agreement"),
+        (AGREEMENT.replace("COMMUNITY", "NON-COMMERCIAL"), "Stability AI Community License Agreement"),
+        (AGREEMENT.partition("g. Governing")[0], "Governing Law"),
+        ("Stability AI Community License Agreement: see its web page.", "Research & Non-Commercial Use License"),
+    ],
+)
+def test_another_text_by_the_licences_name_is_refused(tmp_path, text, lacking):
+    (tmp_path / "LICENSE.md").write_text(text)
+    with pytest.raises(
+        RequestError, match="is not the Stability AI Community License Agreement, or not all"
+    ) as refused:
+        licence_files("flow-opd", "not at all", tmp_path)
+    assert f"it lacks {lacking!r}" in str(refused.value)
+    assert str(tmp_path / "LICENSE.md") in str(refused.value)
 
 
 def test_the_miniatures_scores_stand_on_no_other_card(machine, hub, sd35, finished, tmp_path):
@@ -475,9 +522,106 @@ def test_a_backbone_is_nothing_to_publish():
         ("python /opt/judge/run.py --to=/srv/x/out", "python run.py --to=out"),
         ("hub:owner/name@main", "hub:owner/name@main"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
-        ("runs/train/x", "runs/train/x"),
+        ("runs/train/x", "x"),
+        ("runs/private/mine/", "mine"),
+        ("../x", "x"),
+        (r"runs\private\x", "x"),
+        ("lists/mine.jsonl", "mine.jsonl"),
+        ("python judge/run.py --to=out/mine/x", "python run.py --to=x"),
+        ("judge/mine.py:score", "mine.py:score"),
+        ("owner/name", "owner/name"),
+        ("hub:owner/name/x.json", "hub:owner/name/x.json"),
         ("a photo and/or b", "a photo and/or b"),
     ],
 )
 def test_of_a_path_its_name_is_left(text, left):
     assert without_paths({text: [text]}) == {left: [left]}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("runs/mine", "mine"),
+        ("mine/", "mine/"),
+        ("/home/a/b", "b"),
+        ("hub:owner/name@main", "hub:owner/name@main"),
+        ("read and/or write", "read and/or write"),
+    ],
+)
+def test_of_a_path_in_a_recipe_its_name_is_left(text, left):
+    assert without_places({"start": text}) == {"start": left}
+
+
+def test_paths_that_end_alike_are_numbered_and_none_is_lost():
+    found = without_paths({"runs/a/x": 1, "b": 2, "/home/c/x": 3})
+    assert found == {"x (1)": 1, "b": 2, "x (2)": 3}
+
+
+# ----------------------------------------------------------------------------------------- what is refused, in parts
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"x" * 100 + b"hf_" + b"y" * 34, "a Hub token"),
+        (str(Path.home()).encode() + b"/work", "the path of your home folder"),
+        (b"xx mine xx", "this machine's Hub token"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 24, 40])  # of 40: a token lies on a border
+def test_secrets_are_found_in_bytes_and_in_files_on_the_disk(tmp_path, monkeypatch, content, what, chunk):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+    monkeypatch.setattr("flowopd_eval.hub.repository._CHUNK", chunk)
+    file = tmp_path / "weights"
+    file.write_bytes(content)
+    refuse_secrets(Repository("model", {"README.md": b"harmless"}))
+    for held in (content, file):
+        with pytest.raises(RequestError, match=f"^weights holds {what}; nothing was sent"):
+            refuse_secrets(Repository("model", {"README.md": b"harmless", "weights": held}))
+
+
+def test_an_upstream_adapter_that_is_not_here_is_refused(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    recipe = {"stage": "distill", "teachers": {"a": {"source": str(tmp_path / "gone")}}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(RequestError, match=r"names '.*gone' \(teacher\), which is not here"):
+        read_subject(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "they/model"}),
+        ("recipe.json", {"base": "they/model"}),
+        ("flow_opd.json", {"adapter_of": "they/model"}),
+    ],
+)
+def test_a_backbone_that_no_card_can_name_is_refused(gentle, tmp_path, name, content):
+    write_adapter(gentle, tmp_path)
+    there = json.loads((tmp_path / name).read_text()) if (tmp_path / name).is_file() else {}
+    (tmp_path / name).write_text(json.dumps(there | content))
+    with pytest.raises(RequestError, match="was made for 'they/model'; a card can name flow-opd, tiny") as refused:
+        read_subject(str(tmp_path))
+    assert name in str(refused.value) or "recipe" in str(refused.value)
+
+
+OWN = folder_sha256(fetch_base("builtin:tiny"))
+
+
+@pytest.mark.parametrize(
+    ("family", "drawn", "refused"),
+    [
+        ("tiny", [("tiny:base+a", OWN)], False),
+        ("tiny", [("tiny:base+a", OWN), ("tiny:base+b", "0" * 64)], True),
+        ("tiny", [("tiny:base+a", None)], True),
+        ("flow-opd", [("flow-opd:base+a", "1" * 64), ("hub:me/x@main", "1" * 64)], False),
+        ("flow-opd", [("flow-opd:base+a", "1" * 64), ("flow-opd:base+a", "2" * 64)], True),
+        ("flow-opd", [("mine+a", "1" * 64)], True),
+        ("flow-opd", [("hub:they/model+a", "1" * 64)], True),
+    ],
+)
+def test_scores_of_another_backbone_or_of_several_are_refused(family, drawn, refused):
+    entries = [SimpleNamespace(summary={"model": m, "generator": {"base_sha256": sha256}}) for m, sha256 in drawn]
+    subject = SimpleNamespace(base=f"{family}:base", family=FAMILIES[family])
+    with pytest.raises(RequestError, match="on another backbone than") if refused else nullcontext():
+        _check_backbone(entries, subject)
