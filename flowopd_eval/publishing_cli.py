@@ -111,7 +111,7 @@ def verify(
 ) -> None:
     """Draw some of a card's own pictures again, judge them, and say whether they are what the card says.
 
-    Which ones is decided by the repository's commit. Exit code 1 where they are not.
+    Which ones is decided by the repository's commit. Exit code 1 where they are not, or were not judged again.
     """
     from huggingface_hub.utils import disable_progress_bars
 
