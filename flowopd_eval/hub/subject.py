@@ -107,10 +107,11 @@ def read_subject(source: str) -> Subject:
     recipe: Mapping[str, Any] = making.get("recipe", {})
     if place.startswith(MERGE):
         recipe = {"stage": "merge", "teachers": dict.fromkeys(place.removeprefix(MERGE).split("+"))}
-    settings = _settings(place, adapter, folder)
+    origin = adapter.source if place.startswith("hub:") else str(folder) if folder else None
+    settings = _settings(origin)
     declared = settings.get("adapter_of") or recipe.get("base") or (folder and _declared(folder)) or ""
     family = _family(adapter, str(declared))
-    record, record_from = _record(spec, settings, family, recipe)
+    record, record_from = _record(spec, settings, origin, family, recipe)
     upstream = _upstream(recipe, {str(folder)})
     if place.startswith("hub:"):
         upstream = (Upstream(adapter.source, "published again", licence_of_repository(adapter.source)), *upstream)
@@ -126,11 +127,10 @@ def read_subject(source: str) -> Subject:
     )
 
 
-def _settings(place: str, adapter: Adapter, folder: Path | None) -> Mapping[str, Any]:
+def _settings(origin: str | None) -> Mapping[str, Any]:
     """What an earlier push left with the adapter; empty where there is nothing, or a saved pipeline's."""
-    source = adapter.source if place.startswith("hub:") else str(folder) if folder else None
-    settings = settings_of(source) if source else {}
-    return {**settings, "source": source} if "adapter_of" in settings else {}
+    settings = settings_of(origin) if origin else {}
+    return settings if "adapter_of" in settings else {}
 
 
 def _known(source: str) -> ModelSpec | None:
@@ -224,15 +224,14 @@ def skeleton(family: Family) -> nn.Module:
 
 
 def _record(
-    spec: ModelSpec | None, settings: Mapping[str, Any], family: Family, recipe: Mapping[str, Any]
+    spec: ModelSpec | None, settings: Mapping[str, Any], origin: str | None, family: Family, recipe: Mapping[str, Any]
 ) -> tuple[SamplingRecord, str]:
     """The record it is drawn with, and where that was found: the nearest to the adapter itself counts."""
     if spec:
         return spec.record, f"the known name {spec.name}"
-    if settings:
-        source = settings["source"]
-        where = f"of {source}" if source.startswith("hub:") else "beside the adapter"
-        return record_of(settings, source), f"{SETTINGS_FILE} {where}"
+    if settings and origin:
+        where = f"of {origin}" if origin.startswith("hub:") else "beside the adapter"
+        return record_of(settings, origin), f"{SETTINGS_FILE} {where}"
     guidance = recipe.get("guidance") or (recipe.get("rollout") or {}).get("guidance")
     if guidance:
         return replace(family.record, guidance=float(guidance)), f"the recipe's guidance and {family.base}'s usual"
