@@ -32,6 +32,35 @@ def fetch_files(source: str, patterns: Sequence[str]) -> tuple[Path, str]:
     return folder, f"hub:{repo}@{folder.name}"
 
 
+def commit_of(source: str) -> str | None:
+    """``hub:REPO@COMMIT`` of ``hub:REPO[@REVISION]``, as the Hub has it now; None where the Hub cannot be asked.
+
+    Unlike :func:`fetch_files`, no cache answers for a Hub that refuses.
+
+    Raises:
+        RequestError: gated, no such repository or revision for this token, or a token that the Hub does not know.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repo, _, revision = source.removeprefix("hub:").partition("@")
+    if not hub_answers():
+        return None
+    with _explained(repo, revision):
+        try:
+            return f"hub:{repo}@{HfApi().model_info(repo, revision=revision or None).sha}"
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except HfHubHTTPError as error:
+            if error.response.status_code in (401, 403):
+                raise RequestError(
+                    f"The Hub refuses {repo} to this token: run `hf auth login` again with one that may read it."
+                ) from error
+            return None
+        except (HTTPError, OSError):
+            return None
+
+
 def list_files(source: str) -> list[str]:
     """Names of all files of ``hub:REPO[@REVISION]``. Raises as :func:`fetch_files`."""
     from huggingface_hub import list_repo_files

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import resources
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,6 +128,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
+_DTYPES = ("float32", "bfloat16", "float16")
 ANYTHING = "anything"  # what a model draws of which nothing is known
 
 
@@ -151,7 +153,7 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
     """The model that goes by ``name``: ``family[:member]``, a folder, ``hub:REPO@REVISION``, or ``FILE.py:NAME``.
 
     Raises:
-        RequestError: no such family, member or folder.
+        RequestError: no such family, member or folder, or one whose own record cannot be read.
     """
     family_name, _, member_name = name.partition(":")
     if family_name in FAMILIES:
@@ -176,10 +178,10 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
     if name.startswith("hub:") or Path(name).is_dir() or is_userfile(name):
         label = f"{name}+{Path(lora).name}" if lora else name
         short = label if name.startswith("hub:") else Path(label).name
-        settings = {} if is_userfile(name) else _settings_of(name)
+        settings = {} if is_userfile(name) else settings_of(name)
         if "adapter_of" in settings:
             return _published(name, settings, lora)
-        record = SamplingRecord(**settings["record"]) if settings else SD35_RECORD
+        record = record_of(settings, name) if settings else SD35_RECORD
         return ModelSpec(short, name, lora, record, ANYTHING, label)
     raise RequestError(
         f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION, "
@@ -187,37 +189,68 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
     )
 
 
-def record_of(source: str) -> SamplingRecord | None:
+def own_record(source: str) -> SamplingRecord | None:
     """The sampling record by which a model of known name, a saved pipeline or a published adapter is meant to be drawn;
     None for one that says nothing of it."""
     known = source.partition(":")[0] in FAMILIES
-    return resolve(source).record if known or _settings_of(source) else None
+    return resolve(source).record if known or settings_of(source) else None
 
 
-def _settings_of(source: str) -> dict[str, Any]:
-    """What a saved pipeline, or an adapter that `flowopd-eval push` published, says of itself; empty for any other."""
+def settings_of(source: str) -> dict[str, Any]:
+    """What a saved pipeline, or an adapter that `flowopd-eval push` published, says of itself; empty for any other.
+
+    Raises:
+        RequestError: its file is no JSON object; and as :func:`flowopd_eval.download.fetch_files`.
+    """
     import json
 
     folder = fetch_files(source, [SETTINGS_FILE])[0] if source.startswith("hub:") else Path(source)
     path = folder / SETTINGS_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RequestError(f"{SETTINGS_FILE} of {source} is no JSON ({error}): restore it.") from error
+    if not isinstance(settings, dict):
+        raise RequestError(f"{SETTINGS_FILE} of {source} should hold an object, but holds {type(settings).__name__}.")
+    return settings
+
+
+def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:
+    """The sampling record in the ``settings`` of ``source``.
+
+    Raises:
+        RequestError: there is none, or none that anything can be drawn by.
+    """
+    from pydantic import TypeAdapter
+
+    try:
+        record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
+        if record.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(_DTYPES)}")
+        if low := [name for name in ("steps", "width", "height") if getattr(record, name) < 1]:
+            raise ValueError(f"{low[0]} is {getattr(record, low[0])}, and not 1 or more")
+        if not (isfinite(record.guidance) and isfinite(record.shift)):
+            raise ValueError(f"guidance {record.guidance} or shift {record.shift} is no finite number")
+    except (LookupError, ValueError) as error:
+        why = "record is missing" if isinstance(error, LookupError) else " ".join(str(error).split()[:30])
+        raise RequestError(
+            f"{SETTINGS_FILE} of {source} holds no sampling record ({why}): restore the file, or push it again."
+        ) from error
+    return record
 
 
 def _published(source: str, settings: Mapping[str, Any], lora: str | None) -> ModelSpec:
     """A published adapter on the backbone that it names, which must be one of ours: others could be anything."""
-    from pydantic import TypeAdapter
-
     base = settings["adapter_of"]
     if base not in [f"{family}:base" for family in FAMILIES]:
         raise RequestError(f"{source} names the backbone {base!r}; known are {', '.join(FAMILIES)}, with :base.")
     if lora:
         raise RequestError(f"{source} is an adapter itself; use --lora with {base}.")
-    try:
-        record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
-    except (LookupError, ValueError) as error:
-        raise RequestError(f"{SETTINGS_FILE} of {source} holds no sampling record: {error}.") from error
     short = source if source.startswith("hub:") else Path(source).name
-    return replace(resolve(base, source), name=short, record=record, about=f"{short}, an adapter of {base}")
+    about = f"{short}, an adapter of {base}"
+    return replace(resolve(base, source), name=short, record=record_of(settings, source), about=about)
 
 
 def fetch_base(source: str) -> Path:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flowopd_eval.errors import WorkError
+from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.job import device_of
 from flowopd_eval.terminal import progress_bar, status
 
 if TYPE_CHECKING:
-    from flowopd_eval.hub.repository import Repository
+    from flowopd_eval.hub.repository import Kind, Repository
+    from flowopd_eval.hub.there import There
 
 
 def push(
@@ -35,32 +36,50 @@ def push(
 
     from flowopd_eval.hub.layout import METRICS
     from flowopd_eval.hub.push import stage, upload
+    from flowopd_eval.hub.there import look, refuse
 
     disable_progress_bars()  # one for each of dozens of pictures
     with TemporaryDirectory(prefix="flowopd-push-") as scratch:
         with status("checking what is to be published"):
             repository = stage(source, name, runs or [], Path(scratch))
-        _show(repository, name, public)
+            there = (_guess if dry_run else look)(name, repository.kind)
+        _show(repository, name, there, public)
+        refuse(there, repository, name, public=public)
         if dry_run:
             typer.echo("Dry run: nothing was sent.")
             return
         with status(f"uploading to {name}"):
-            address, changed = upload(repository, name, public=public)
-    typer.echo(f"Published: {address}" if changed else f"Nothing has changed: {address}")
+            done = upload(repository, name, there, public=public)
+    typer.echo(f"{'Published' if done.committed else 'No file has changed'}: {done.address}")
+    if done.opened and there.commit:
+        typer.echo(f"{name} was private, and is public now.")
     if METRICS in repository.files:
         typer.echo(f"Check it as anybody can: flowopd-eval verify {name}")
 
 
-def _show(repository: Repository, name: str, public: bool) -> None:
-    """Every file with its size, before anything is sent."""
+def _guess(name: str, kind: Kind) -> There:
+    """What lies at ``name``, for a dry run, which needs no Hub: where it cannot be asked, nothing, with a word."""
+    from flowopd_eval.hub.there import There, look
+
+    try:
+        return look(name, kind)
+    except (RequestError, WorkError) as error:
+        typer.echo(f"What lies at {name} is not known, nor what would be removed there: {error}", err=True)
+        return There()
+
+
+def _show(repository: Repository, name: str, there: There, public: bool) -> None:
+    """Every file with its size, and every one that goes, before anything is sent."""
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
 
+    from flowopd_eval.hub.there import removals
+
     sizes = {path: repository.size(path) for path in repository.files}
-    shown = "public" if public else "private"
-    table = Table(box=None, title=f"{name}: {repository.kind}, {shown}", title_justify="left", show_header=False)
+    typer.echo(f"{name}: {repository.kind}, {_visibility(there, public)}")
+    table = Table(box=None, show_header=False)
     table.add_column(justify="right")
     pictures = [path for path in sizes if path.endswith(".png") and "/" in path]
     for path in sizes:
@@ -69,7 +88,18 @@ def _show(repository: Repository, name: str, public: bool) -> None:
     if len(pictures) > 30:
         table.add_row(decimal(sum(sizes[path] for path in pictures)), f"{len(pictures):,} pictures")
     table.add_row(decimal(sum(sizes.values())), f"in all, {len(sizes):,} files", style="bold")
+    for path in removals(there, repository):
+        table.add_row("removed", Text(path))
     Console().print(table)
+    for note in repository.notes:
+        typer.echo(note)
+
+
+def _visibility(there: There, public: bool) -> str:
+    """Who will see it."""
+    if public and there.commit and there.private:
+        return "private until now, public from this push on"
+    return "public" if public else "private"
 
 
 def verify(
@@ -81,7 +111,7 @@ def verify(
 ) -> None:
     """Draw some of a card's own pictures again, judge them, and say whether they are what the card says.
 
-    Which ones is decided by the repository's commit. Exit code 1 where they are not.
+    Which ones is decided by the repository's commit. Exit code 1 where they are not, or were not judged again.
     """
     from huggingface_hub.utils import disable_progress_bars
 

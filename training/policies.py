@@ -23,7 +23,7 @@ from flowopd_eval.adapters import Adapter, AdapterBank, fresh_adapter, merge_ada
 from flowopd_eval.download import list_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.flow import guided_velocity
-from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapter, record_of, resolve
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256, load_adapter, own_record, resolve
 from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.quiet import quiet_libraries
 from flowopd_eval.records import SamplingRecord
@@ -280,13 +280,13 @@ def guidance_of(config: Trained, record: SamplingRecord) -> float:
 
 def teacher_guidance(teacher: Teacher, record: SamplingRecord) -> float:
     """The scale a teacher teaches with: the recipe's, else its own record's, else the base's record's."""
-    own = record_of(teacher.source) or record
+    own = own_record(teacher.source) or record
     return own.guidance if teacher.guidance is None else teacher.guidance
 
 
 def teacher_text_length(teacher: Teacher, record: SamplingRecord) -> int:
     """The T5 tokens a teacher reads: as :func:`teacher_guidance`."""
-    own = record_of(teacher.source) or record
+    own = own_record(teacher.source) or record
     return own.text_length if teacher.text_length is None else teacher.text_length
 
 

@@ -12,7 +12,7 @@ from flowopd_eval.errors import RequestError
 from flowopd_eval.export import Results, markdown
 from flowopd_eval.hub.card import render
 from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, open_prompts
-from flowopd_eval.hub.repository import Content, Repository, json_bytes, without_paths
+from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_paths
 from flowopd_eval.hub.results import text_sha256
 from flowopd_eval.models import fetch_base, folder_sha256
 from flowopd_eval.report import Entry, load_run, metrics_of
@@ -38,9 +38,8 @@ def run_repository(out: Path, name: str) -> Repository:
     recorded = store.read_run(out)
     files["run.json"] = json_bytes(without_paths({key: recorded[key] for key in ("schema", "note", "runs")}))
     files["summary.json"] = json_bytes(without_paths({"schema": store.SCHEMA, "models": summaries}))
-    files["README.md"] = _card(run.note, summaries, name, list(files)).encode()
-    owned = tuple(dict.fromkeys(f"{entry.folder.entry}/" for entry in run.entries))
-    return Repository("dataset", files, owned)
+    files[CARD] = _card(run.note, summaries, name, list(files)).encode()
+    return Repository("dataset", files)
 
 
 def _entry_files(entry: Entry) -> dict[str, Content]:

@@ -10,6 +10,7 @@
     recipe.json, provenance.json                      how it was made, from what, with which versions
     LICENSE* and NOTICE                               what the backbone's licence asks for
     README.md                                         the card
+    pushed.json                                       what the push wrote, for the next one (hub/there.py)
 """
 
 from __future__ import annotations
@@ -26,13 +27,12 @@ from PIL import Image
 from flowopd_eval import store
 from flowopd_eval.hub.card import render_card
 from flowopd_eval.hub.licences import licence_files
-from flowopd_eval.hub.repository import Content, Repository, json_bytes, without_paths
+from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_paths
 from flowopd_eval.hub.results import Results, claims_jsonl, read_results
 from flowopd_eval.hub.subject import RECIPE, Subject
-from flowopd_eval.records import SETTINGS_FILE
+from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 
 METRICS, CLAIMS, SHEET, PROVENANCE = "metrics.json", "samples.jsonl", "samples.png", "provenance.json"
-CARD = "README.md"
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 _COLUMNS, _SIDE, _GAP = 6, 256, 4  # of the sheet: pictures in a row, pixels of one at most, pixels between two
 
@@ -52,7 +52,7 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     from flowopd_eval.adapters import write_adapter
 
     results = read_results(runs, subject, name)
-    record = results.record or subject.record
+    record, record_from = (results.record, "the runs") if results.record else (subject.record, subject.record_from)
     hub_base = subject.family.base.removeprefix("hub:") if subject.family.base.startswith("hub:") else None
     write_adapter(subject.adapter, scratch, base_model=hub_base)
     files: dict[str, Content] = {file: scratch / file for file in WEIGHTS}
@@ -69,7 +69,12 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     files[PROVENANCE] = json_bytes(provenance)
     files |= licence_files(subject.family.name, subject.change, subject.folder)
     files[CARD] = render_card(subject, results, record, name, provenance).encode()
-    return Repository("model", files, owned=("samples/", METRICS, CLAIMS, SHEET, RECIPE))
+    return Repository("model", files, notes=(f"Drawn with {_told(record)}: from {record_from}.",))
+
+
+def _told(record: SamplingRecord) -> str:
+    size = f"{record.width}x{record.height}, text length {record.text_length}, {record.dtype}"
+    return f"{record.steps} steps, guidance {record.guidance:g}, shift {record.shift:g}, {size}"
 
 
 def provenance_of(subject: Subject, results: Results, runs: Sequence[Path]) -> dict[str, Any]:

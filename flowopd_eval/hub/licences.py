@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from flowopd_eval.benches import bench_by_key
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
+from flowopd_eval.hub.metadata import front_matter
 from flowopd_eval.models import FAMILIES
 from flowopd_eval.records import Prompt
 
@@ -20,6 +22,18 @@ POWERED_BY = "Powered by Stability AI"
 _ATTRIBUTION = (
     "This Stability AI Model is licensed under the Stability AI Community License, Copyright © Stability AI Ltd. All "
     "Rights Reserved"
+)
+# What only that licence says, from its title to its end. Its copies differ in quotes, numbering and line breaks, so
+# letters are compared and not a hash.
+_AGREEMENT = (
+    "Stability AI Community License Agreement",
+    "Research & Non-Commercial Use License",
+    "Subject to the terms of this Agreement (including the remainder of this Section III)",
+    "Distribution & Attribution",
+    "prominently display “Powered by Stability AI”",
+    "Limitation Of Liability",
+    "Governing Law",
+    "“Trade Control Laws” means",
 )
 
 
@@ -58,7 +72,7 @@ def licence_files(family: str, change: str, beside: Path | None) -> dict[str, by
     SD3.5's licence comes from its own repository, or from a ``LICENSE.md`` in the folder ``beside``.
 
     Raises:
-        RequestError: SD3.5's licence is to be had from neither.
+        RequestError: SD3.5's licence is to be had from neither, or another text lies there by its name.
     """
     if family == "tiny":
         return {"LICENSE": _own_licence()}
@@ -76,7 +90,7 @@ def _own_licence() -> bytes:
 def _stability_licence(beside: Path | None) -> bytes:
     mine = beside / "LICENSE.md" if beside else None
     if mine and mine.is_file():
-        return mine.read_bytes()
+        return _agreement(mine)
     try:
         folder, _ = fetch_files(_SD35, ["LICENSE.md"])
         return (folder / "LICENSE.md").read_bytes()
@@ -86,6 +100,22 @@ def _stability_licence(beside: Path | None) -> bytes:
             f"A copy of SD3.5's licence has to go along ({_TERMS}), and it could not be fetched: {error} Or save "
             f"{_SD35_LICENCE} as {place}."
         ) from error
+
+
+def _agreement(file: Path) -> bytes:
+    """What somebody saved as Stability's agreement, once it is that, and whole: its title, its sections, its end."""
+    content = file.read_bytes()
+    text = _letters(content.decode("utf-8", errors="replace"))
+    if lacking := [words for words in _AGREEMENT if _letters(words) not in text]:
+        raise RequestError(
+            f"{file} is not the Stability AI Community License Agreement, or not all of it: it lacks {lacking[0]!r}. "
+            f"Save {_SD35_LICENCE} there, or move the file away, and it is fetched with your token."
+        )
+    return content
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", " ", text).casefold()
 
 
 def _notice(change: str) -> str:
@@ -104,12 +134,9 @@ def licence_of_repository(source: str) -> str:
     Raises:
         RequestError: it states none, or cannot be asked.
     """
-    from huggingface_hub import RepoCard
-
     folder, resolved = fetch_files(source, ["README.md"])
-    readme = folder / "README.md"
-    data = RepoCard(readme.read_text(), ignore_metadata_errors=True).data if readme.is_file() else None
-    stated = (data.get("license"), data.get("license_name")) if data else (None, None)
+    data = front_matter(folder / "README.md")
+    stated = (data.get("license"), data.get("license_name"))
     found = stated[1] if stated[0] in (None, "other") else stated[0]
     if not isinstance(found, str) or found == "unknown":
         raise RequestError(

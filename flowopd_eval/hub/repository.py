@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +14,17 @@ from flowopd_eval.errors import RequestError
 
 Kind = Literal["model", "dataset", "space"]
 Content = bytes | Path
+CARD = "README.md"
 
 # A path with a root: after the beginning, a blank or a mark that opens something; not the slashes of an address.
-_ROOTED = re.compile(r"""(?:(?<=[\s='"(,])|^)(?:~|/|[A-Za-z]:[\\/])[^\s'",]*[\\/]([^\s'",\\/]*)""")
+_ROOTED = re.compile(r"""(?:(?<=[\s='"(,])|^)(?:~|/|[A-Za-z]:[\\/])[^\s'",]*[\\/]([^\s'",\\/]+)[\\/]?""")
+# A path without one: below ./ or ../, two folders deep or more, or a file in a folder. OWNER/NAME and "and/or" stay.
+_FOLDER = r"""[\w.@+~-]+[\\/]"""
+_FILE = r"""[^\s'",\\/]*\.(?:csv|jsonl?|md|npy|npz|onnx|png|pth?|py|safetensors|toml|txt|ya?ml)\b"""
+_RELATIVE = re.compile(
+    rf"""(?:(?<=[\s='"(,])|^)(?:\.{{1,2}}[\\/](?:{_FOLDER})*|(?:{_FOLDER}){{2,}}|{_FOLDER}(?={_FILE}))([^\s'",\\/]+)[\\/]?"""
+)
+_PLACE = re.compile(r"^[^\s:]*[\\/](?=[^\s\\/]+[\\/]?$)")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}")
 _CHUNK = 1 << 24  # bytes looked through at a time
 _OVERLAP = 4096
@@ -26,18 +34,13 @@ _OVERLAP = 4096
 class Repository:
     """Every file of a push by its path there: its bytes, or the file they are read from. Nothing else is uploaded.
 
-    ``owned`` are the files, and with a slash at the end the folders, that belong to a push alone: what is there of an
-    earlier one, and not in ``files``, is removed.
+    ``notes`` are said with the list, before anything is sent.
     """
 
     kind: Kind
     files: Mapping[str, Content]
-    owned: tuple[str, ...] = ()
     sdk: str | None = None
-
-    def owns(self, path: str) -> bool:
-        """Whether a path in the repository belongs to a push alone."""
-        return any(path.startswith(one) if one.endswith("/") else path == one for one in self.owned)
+    notes: tuple[str, ...] = ()
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
@@ -46,18 +49,34 @@ class Repository:
 
 
 def without_paths(value: Any) -> Any:
-    """JSON ``value`` in which of every rooted path the last part is left: the others name people and machines."""
+    """JSON ``value`` in which of every path the last part is left: the others name people, machines and projects.
+
+    Words with a single slash stay, as they may be a repository's OWNER/NAME.
+    """
+    return _mapped(value, lambda text: _RELATIVE.sub(r"\1", _ROOTED.sub(r"\1", text)))
+
+
+def without_places(recipe: Any) -> Any:
+    """A recipe in which of every path the last part is left.
+
+    What lies on the Hub says ``hub:`` there: all else of one word with a slash, such as ``runs/mine``, is a path.
+    """
+    return _mapped(recipe, lambda text: _PLACE.sub("", without_paths(text)))
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """JSON ``value`` with ``change`` done to every text in it, keys too."""
     if isinstance(value, str):
-        return _ROOTED.sub(r"\1", value)
+        return change(value)
     if isinstance(value, Mapping):
-        short = [without_paths(key) for key in value]
+        short = [_mapped(key, change) for key in value]
         seen: Counter[Any] = Counter()
         found = {}
         for key, item in zip(short, value.values(), strict=True):  # two paths may end alike, and none is to be lost
             seen[key] += 1
-            found[f"{key} ({seen[key]})" if short.count(key) > 1 else key] = without_paths(item)
+            found[f"{key} ({seen[key]})" if short.count(key) > 1 else key] = _mapped(item, change)
         return found
-    return [without_paths(item) for item in value] if isinstance(value, list | tuple) else value
+    return [_mapped(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def json_bytes(value: Any) -> bytes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from flowopd_eval.report import Entry, load_run, metrics_of
 if TYPE_CHECKING:
     from PIL import Image
 
-_FILE = re.compile(r"samples/[\w.-]+\.png", re.ASCII)
 SHOWN = 24  # pictures of a card, shared evenly by its benches
 
 
@@ -89,11 +87,16 @@ def read_results(runs: Sequence[Path], subject: Subject, name: str) -> Results:
         key = entry.summary["key"]
         if key in summaries:
             raise RequestError(f"{key} is in two of the runs: give the one whose result is to be published.")
-        summaries[key] = {**entry.summary, "model": f"{subject.base}+{name}"}
+        summaries[key] = _renamed(entry.summary, f"{subject.base}+{name}")
         claimed(summaries[key])
         claims += _claims(entry, pictures, max(1, SHOWN // len(entries)))
     record = SamplingRecord(**json.loads(next(iter(records)))) if records else None
     return Results(summaries, claims, pictures, record)
+
+
+def _renamed(summary: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The summary with the name that the model has in its repository, wherever the run's own name stood."""
+    return {**summary, "model": model, "generator": {**summary["generator"], "model": model}}
 
 
 def _entries(run: Path, subject: Subject) -> list[Entry]:
@@ -165,27 +168,6 @@ def _picture(path: Path, sample: Sample) -> Image.Image:
 def claims_jsonl(claims: Sequence[Claim]) -> bytes:
     """``samples.jsonl``."""
     return b"".join(store.json_line(asdict(claim)) for claim in claims)
-
-
-def read_claims(path: Path) -> list[Claim]:
-    """The lines of a ``samples.jsonl``, types checked.
-
-    Raises:
-        RequestError: with the line, for one that is none.
-    """
-    from pydantic import TypeAdapter
-
-    reader, claims = TypeAdapter(Claim), []
-    for number, line in enumerate(store.whole_lines(path), 1):
-        try:
-            claim = reader.validate_json(line, strict=True)
-            if claim.file is not None and not _FILE.fullmatch(claim.file):
-                raise ValueError(f"file {claim.file!r} does not lie in samples/")
-        except ValueError as error:
-            where = f"{path.name}, line {number}"
-            raise RequestError(f"{where} is no picture of a card: {' '.join(str(error).split()[:30])}") from error
-        claims.append(claim)
-    return claims
 
 
 def prompt_of(claim: Claim, known: Mapping[str, Prompt]) -> Prompt:

@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.hub.licences import licence_of_repository
-from flowopd_eval.hub.repository import without_paths
-from flowopd_eval.models import FAMILIES, MERGE, Family, ModelSpec, fetch_base, load_adapter, resolve
-from flowopd_eval.records import SamplingRecord
+from flowopd_eval.hub.repository import without_places
+from flowopd_eval.models import (
+    FAMILIES,
+    MERGE,
+    Family,
+    ModelSpec,
+    fetch_base,
+    load_adapter,
+    record_of,
+    resolve,
+    settings_of,
+)
+from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,13 +60,15 @@ class Upstream:
 class Subject:
     """An adapter with its backbone's family, the record it is drawn with, and how it was made.
 
-    ``folder`` is where it lies (None: on the Hub); ``recipe`` and ``training`` are what a training run left, with local
-    paths cut down to names; ``upstream`` are the adapters of others that it was made from.
+    ``record_from`` says in words where the record was found. ``folder`` is where it lies (None: on the Hub); ``recipe``
+    and ``training`` are what a training run left, with local paths cut down to names; ``upstream`` are the adapters of
+    others that it was made from.
     """
 
     adapter: Adapter
     family: Family
     record: SamplingRecord
+    record_from: str
     folder: Path | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
@@ -95,14 +107,30 @@ def read_subject(source: str) -> Subject:
     recipe: Mapping[str, Any] = making.get("recipe", {})
     if place.startswith(MERGE):
         recipe = {"stage": "merge", "teachers": dict.fromkeys(place.removeprefix(MERGE).split("+"))}
-    family = _family(adapter, str(recipe.get("base") or (folder and _declared(folder)) or ""))
-    record = spec.record if spec else _record(family, recipe)
+    origin = adapter.source if place.startswith("hub:") else str(folder) if folder else None
+    settings = _settings(origin)
+    declared = settings.get("adapter_of") or recipe.get("base") or (folder and _declared(folder)) or ""
+    family = _family(adapter, str(declared))
+    record, record_from = _record(spec, settings, origin, family, recipe)
     upstream = _upstream(recipe, {str(folder)})
     if place.startswith("hub:"):
         upstream = (Upstream(adapter.source, "published again", licence_of_repository(adapter.source)), *upstream)
     return Subject(
-        adapter, family, record, folder, without_paths(recipe), without_paths(making.get("run", {})), upstream
+        adapter,
+        family,
+        record,
+        record_from,
+        folder,
+        without_places(recipe),
+        without_places(making.get("run", {})),
+        upstream,
     )
+
+
+def _settings(origin: str | None) -> Mapping[str, Any]:
+    """What an earlier push left with the adapter; empty where there is nothing, or a saved pipeline's."""
+    settings = settings_of(origin) if origin else {}
+    return settings if "adapter_of" in settings else {}
 
 
 def _known(source: str) -> ModelSpec | None:
@@ -169,7 +197,8 @@ def _family(adapter: Adapter, declared: str) -> Family:
     if declared and not known:
         raise RequestError(
             f"The adapter says that it was made for {declared!r}; a card can name {', '.join(FAMILIES)}. Where that is "
-            "one of them by another name, correct base_model_name_or_path in adapter_config.json or base in the recipe."
+            "one of them by another name, correct adapter_of in "
+            f"{SETTINGS_FILE}, base in the recipe, or base_model_name_or_path in adapter_config.json."
         )
     refusals = []
     for family in known or FAMILIES.values():
@@ -194,10 +223,19 @@ def skeleton(family: Family) -> nn.Module:
         return SD3Transformer2DModel(**config)
 
 
-def _record(family: Family, recipe: Mapping[str, Any]) -> SamplingRecord:
-    """The family's record, with the guidance the recipe trained for."""
+def _record(
+    spec: ModelSpec | None, settings: Mapping[str, Any], origin: str | None, family: Family, recipe: Mapping[str, Any]
+) -> tuple[SamplingRecord, str]:
+    """The record it is drawn with, and where that was found: the nearest to the adapter itself counts."""
+    if spec:
+        return spec.record, f"the known name {spec.name}"
+    if settings and origin:
+        where = f"of {origin}" if origin.startswith("hub:") else "beside the adapter"
+        return record_of(settings, origin), f"{SETTINGS_FILE} {where}"
     guidance = recipe.get("guidance") or (recipe.get("rollout") or {}).get("guidance")
-    return replace(family.record, guidance=float(guidance)) if guidance else family.record
+    if guidance:
+        return replace(family.record, guidance=float(guidance)), f"the recipe's guidance and {family.base}'s usual"
+    return family.record, f"{family.base}'s usual, as there is no {SETTINGS_FILE} and no recipe with the adapter"
 
 
 # ----------------------------------------------------------------------------------------------------------- upstream

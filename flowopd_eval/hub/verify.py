@@ -15,7 +15,6 @@ is given besides, with Wilson's interval: it bounds what share of the list can b
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,22 +23,27 @@ from typing import TYPE_CHECKING, Any
 from flowopd_eval import store
 from flowopd_eval.benches import USUAL, Bench, bench_by_key, scorer_of
 from flowopd_eval.doctor import TOLERANCE
-from flowopd_eval.download import fetch_files
+from flowopd_eval.download import commit_of, fetch_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import Progress, identity_of, judge, mean_over, standard_metrics
 from flowopd_eval.hub.card import score_rows
 from flowopd_eval.hub.layout import CARD, CLAIMS, METRICS, WEIGHTS
-from flowopd_eval.hub.results import Claim, pixels_sha256, prompt_of, read_claims
+from flowopd_eval.hub.metadata import card_metadata
+from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.results import Claim, pixels_sha256, prompt_of
+from flowopd_eval.hub.stated import Stated, read_stated
 from flowopd_eval.models import Backbone, ModelGenerator, resolve
 from flowopd_eval.records import SETTINGS_FILE, Interval, Prompt, Sample, Score
 from flowopd_eval.statistics import mean_interval, paired_difference, wilson_interval
 
 if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
     from PIL import Image
 
 LEVEL = 0.99
 SAME_LEVELS = 2  # of 255: what float32 may differ by between batch sizes
 _BATCH = 8
+_UNASKED = "the Hub could not be asked: this is the commit in the local cache, which may not be the newest there"
 
 
 @dataclass(frozen=True)
@@ -93,23 +97,24 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         progress: told after each batch.
 
     Raises:
-        RequestError: no such repository, none that was published so, or one without scores.
+        RequestError: no such repository or revision for this token, none that was published so, or one without scores.
         WorkError: the model drew NaN.
     """
-    folder, resolved = fetch_files(source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
+    now = commit_of(source)
+    folder, resolved = fetch_files(now or source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
     spec = resolve(resolved)
     if spec.adapter is None:
         raise RequestError(f"{resolved} is not an adapter that `flowopd-eval push` published.")
-    stated, claims = _stated(folder, resolved)
+    stated, data = read_stated(folder, resolved), card_metadata(folder / CARD, resolved)
     generator = Backbone(spec.base, [spec], device, None).generator(spec, spec.record)
     seed = resolved.rpartition("@")[2]
     verdicts = []
-    for key, summary in stated["metrics"].items():
-        findings, bench = _Findings(), bench_by_key(key)
+    for key, summary in stated.summaries.items():
+        findings, bench = _Findings(notes=[] if now else [_UNASKED]), bench_by_key(key)
         findings.expect(bench.objects == spec.objects, f"{key} is not a metric of what {spec.about} draws")
-        mine = [claim for claim in claims if claim.key == key]
+        mine = [claim for claim in stated.claims if claim.key == key]
         _same_model(findings, generator, stated, summary)
-        _numbers_of_the_card(findings, folder / CARD, summary)
+        _numbers_of_the_card(findings, data, (folder / CARD).read_text(encoding="utf-8"), summary)
         _numbers_from_the_list(findings, bench, summary, mine)
         prompts = _prompts(findings, bench, summary, mine)
         if prompts is None:
@@ -127,23 +132,6 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
     return resolved, verdicts
 
 
-def _stated(folder: Path, resolved: str) -> tuple[dict[str, Any], list[Claim]]:
-    if not (folder / METRICS).is_file() or not (folder / CLAIMS).is_file():
-        raise RequestError(f"{resolved} publishes no scores: there is nothing to verify.")
-    try:
-        stated = json.loads((folder / METRICS).read_bytes())
-        if not stated["metrics"]:
-            raise RequestError(f"{resolved} publishes no scores: there is nothing to verify.")
-        for summary in stated["metrics"].values():
-            _interval(summary)
-            _ = stated["adapter_sha256"], summary["generator"]["adapter_sha256"], summary["samples"], summary["seed"]
-    except RequestError:
-        raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RequestError(f"{METRICS} of {resolved} is not what `flowopd-eval push` writes ({error!r}).") from error
-    return stated, read_claims(folder / CLAIMS)
-
-
 def _interval(summary: Mapping[str, Any]) -> Interval:
     overall = summary["metrics"]["overall"]
     return Interval(float(overall["value"]), float(overall["low"]), float(overall["high"]), int(overall["n"]))
@@ -152,11 +140,9 @@ def _interval(summary: Mapping[str, Any]) -> Interval:
 # ------------------------------------------------------------------------------------------------- what is computed
 
 
-def _same_model(
-    findings: _Findings, generator: ModelGenerator, stated: Mapping[str, Any], summary: Mapping[str, Any]
-) -> None:
+def _same_model(findings: _Findings, generator: ModelGenerator, stated: Stated, summary: Mapping[str, Any]) -> None:
     mine, theirs = generator.identity(), summary["generator"]
-    hashes = {stated["adapter_sha256"], theirs["adapter_sha256"]}
+    hashes = {stated.adapter_sha256, theirs["adapter_sha256"]}
     findings.expect(
         hashes == {mine["adapter_sha256"]}, "the scores are of another adapter than the one that lies there"
     )
@@ -166,23 +152,16 @@ def _same_model(
         findings.expect(False, f"drawn by other settings than the repository names: {'; '.join(changed)}")
 
 
-def _numbers_of_the_card(findings: _Findings, readme: Path, summary: Mapping[str, Any]) -> None:
+def _numbers_of_the_card(findings: _Findings, data: ModelCardData, text: str, summary: Mapping[str, Any]) -> None:
     """What people and the Hub read, in the table and in the metadata, against ``metrics.json``."""
-    from huggingface_hub import ModelCard
-    from yaml import YAMLError
-
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    try:
-        data: Any = ModelCard(text, ignore_metadata_errors=True).data
-    except YAMLError:
-        data = None
-    found = getattr(data, "eval_results", None) or []
-    told = {one.metric_type: (one.metric_value, one.metric_args) for one in found if one.dataset_type == summary["key"]}
+    mine = [one for one in data.eval_results or () if one.dataset_type == summary["key"]]
+    told = [(one.metric_type, (one.metric_value, one.metric_args)) for one in mine]
     metrics = summary["metrics"]
     cells = {summary["key"]: metrics["overall"], **{f"{summary['key']}/{t}": c for t, c in metrics["tasks"].items()}}
     ours = {kind: (c["value"], {end: c[end] for end in ("low", "high", "level", "n")}) for kind, c in cells.items()}
     rows = score_rows(summary)
-    findings.expect(told == ours and all(row in text for row in rows), f"{CARD} shows other numbers than {METRICS}")
+    same = len(told) == len(ours) and all(one in told for one in ours.items())
+    findings.expect(same and all(row in text for row in rows), f"{CARD} shows other numbers than {METRICS}")
 
 
 def _numbers_from_the_list(
@@ -229,7 +208,9 @@ def _prompts(
         findings.expect(False, str(error))
         return None
     pictures = [(claim.id, claim.k) for claim in claims]
-    whole = sorted(pictures) == sorted((name, k) for name in known for k in range(summary["samples"]))
+    whole = len(pictures) == len(known) * summary["samples"] and sorted(pictures) == sorted(
+        (name, k) for name in known for k in range(summary["samples"])
+    )
     findings.expect(
         whole, f"the list is not the whole bench, {len(known)} prompts with {summary['samples']} pictures each"
     )
@@ -288,7 +269,7 @@ def _judged(
     except RequestError as error:
         findings.notes.append(f"not judged again: {error}")
         return [None] * len(drawn)
-    if changed := store.differences(theirs, mine):
+    if changed := store.differences(theirs, without_paths(mine)):
         findings.notes.append(f"another judge than the card's: {'; '.join(changed)}")
     return [*judge(scorer, drawn, prompts)]
 

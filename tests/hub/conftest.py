@@ -25,6 +25,7 @@ GENTLE = "me/gentle"
 RECIPE = {
     "stage": "distill", "base": "tiny:base", "start": "none", "steps": 7, "batch_size": 3, "objective": "direct",
     "lora": {"rank": 4, "alpha": 8.0}, "optimizer": {"learning_rate": 1e-4}, "cache": "/home/someone/cache/embeddings",
+    "out": "runs/private/first", "log": "private/log",
     "rollout": {"steps": 4, "sampler": "sde", "a": 0.7, "guidance": 2.0}, "teachers": {"own": {"source": "base"}},
     "tasks": [{"name": "a|b <i>", "prompts": "/home/someone/lists/mine.jsonl", "rewards": {"shapes_quality": 1.0}}],
 }  # fmt: skip

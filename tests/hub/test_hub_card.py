@@ -148,6 +148,18 @@ def test_texts_of_recipes_and_sources_stay_texts(trained):
     assert "# heading" not in [line[:9] for line in text.splitlines()]
 
 
+@pytest.mark.parametrize("task", ['a: "b" # c', "- é\n---\n", "{x: [", "'", "no", "*a &b !c |", "\u2028%"])
+def test_the_front_matter_holds_whatever_a_task_is_called(trained, finished, task):
+    subject = read_subject(str(trained / "adapter"))
+    results = read_results([finished], subject, "me/x")
+    (summary,) = results.summaries.values()
+    means = {"overall": summary["metrics"]["overall"], "tasks": {task: summary["metrics"]["overall"]}}
+    text = rendered(subject, replace(results, summaries={summary["key"]: {**summary, "metrics": means}}))
+    data = ModelCard(text).data
+    assert (data.model_name, data.license) == ("me/x", "apache-2.0")
+    assert [one.metric_type for one in data.eval_results] == [summary["key"], f"{summary['key']}/{task}"]
+
+
 def test_an_sd35_card_names_base_licence_and_stability(trained):
     subject = replace(read_subject(str(trained / "adapter")), family=FAMILIES["flow-opd"])
     text = rendered(subject)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from loopback_hub import Stored
@@ -12,12 +15,14 @@ from random_adapters import random_adapter
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.licences import licence_files
+from flowopd_eval.hub.repository import Repository, refuse_secrets, without_paths, without_places
+from flowopd_eval.hub.results import _check_backbone
 from flowopd_eval.hub.subject import read_subject, skeleton
-from flowopd_eval.models import FAMILIES
+from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 
 WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
-OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md"]
+OTHERS = ["flow_opd.json", "recipe.json", "provenance.json", "LICENSE", "README.md", "pushed.json"]
 RESULTS = ["metrics.json", "samples.jsonl", "samples.png"]
 SD35 = "stabilityai/stable-diffusion-3.5-medium"
 
@@ -39,7 +44,7 @@ def test_a_push_creates_a_private_repository_of_what_it_has_shown(machine, hub, 
     pictures = [name for name in mine if name.startswith("samples/")]
     assert len(pictures) == 24
     assert sorted(mine) == sorted(WEIGHTS + OTHERS + RESULTS + pictures)
-    shown, _, after = answer.out.partition("in all, 35 files")
+    shown, _, after = answer.out.partition("in all, 36 files")
     assert all(name in shown for name in mine)
     assert f"/me/first/tree/{repo.head}" in after
     puts = [line for line in hub.log if line.startswith("PUT")]
@@ -60,29 +65,109 @@ def test_neither_token_nor_strangers_nor_home_leave_the_machine(machine, hub, pu
     token = machine.token
     assert token not in "".join(hub.log)
     for content in (*of(hub, pushed).files.values(), *hub.bodies, *hub.objects.values()):
-        for secret in (token, "opensesame", "/home/someone", str(machine.folder)):
+        for secret in (token, "opensesame", "/home/someone", "runs/private", str(machine.folder)):
             assert secret.encode() not in content
     recipe = json.loads(of(hub, pushed).files["recipe.json"])
     assert (recipe["cache"], recipe["tasks"][0]["prompts"]) == ("embeddings", "mine.jsonl")
+    assert (recipe["out"], recipe["log"]) == ("first", "log")
+
+
+def test_one_model_has_one_name(hub, pushed):
+    (summary,) = json.loads(of(hub, pushed).files["metrics.json"])["metrics"].values()
+    assert summary["model"] == summary["generator"]["model"] == f"tiny:base+{pushed}"
 
 
 def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, finished, pushed):
     head, before = of(hub, pushed).head, len(hub.log)
     answer = machine("push", trained / "adapter", pushed, "--run", finished)
     assert answer.code == 0, answer.err
-    assert "Nothing has changed" in answer.out
+    assert "No file has changed" in answer.out
     assert of(hub, pushed).head == head
     assert not [line for line in hub.log[before:] if line.startswith("PUT") or "/commit/" in line]
 
 
-def test_results_that_are_no_longer_there_go_and_files_of_others_stay(machine, hub, trained, pushed):
+def test_what_a_push_wrote_and_the_next_does_not_is_removed_as_shown_and_nothing_else(machine, hub, trained, pushed):
     repo = of(hub, pushed)
-    repo.files["mine.txt"] = b"by hand"
+    stale = [name for name in repo.files if name.startswith("samples")] + ["metrics.json"]
+    repo.files.update({"mine.txt": b"by hand", "samples/mine.png": b"by hand"})
+    head = repo.head
+    dry = machine("push", trained / "adapter", pushed, "--dry-run")
+    assert dry.code == 0, dry.err
+    assert repo.head == head
     answer = machine("push", trained / "adapter", pushed)
     assert answer.code == 0, answer.err
-    assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", *WEIGHTS, *OTHERS])
+    for shown in (dry.out, answer.out):
+        gone = [line.split()[-1] for line in shown.splitlines() if line.split()[:1] == ["removed"]]
+        assert sorted(gone) == sorted(stale)
+    assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", "samples/mine.png", *WEIGHTS, *OTHERS])
     assert b"None were published" in repo.files["README.md"]
     assert b"metrics" not in repo.files["README.md"]
+
+
+def test_a_card_that_was_edited_is_not_overwritten(machine, hub, trained, pushed):
+    repo = of(hub, pushed)
+    written = repo.files["README.md"]
+    repo.files["README.md"] = written + b"Thanks to all."
+    repo.head, repo.revisions["e" * 40] = "e" * 40, repo.files
+    for words in ([], ["--dry-run"]):
+        answer = machine("push", trained / "adapter", pushed, *words)
+        assert answer.code == 2
+        assert f"README.md of {pushed} was written or edited by hand" in answer.err
+        assert "delete README.md there" in answer.err
+    assert repo.head == "e" * 40
+    del repo.files["README.md"]
+    repo.head, repo.revisions["f" * 40] = "f" * 40, repo.files
+    assert machine("push", trained / "adapter", pushed).code == 0
+    assert b"None were published" in repo.files["README.md"]
+
+
+def test_a_card_of_somebodys_own_is_not_overwritten_by_the_first_push(machine, hub, trained):
+    hub.repositories["models/me/own"] = Stored({"9" * 40: {"README.md": b"---\nlicense: mit\n---\n"}}, "9" * 40, True)
+    answer = machine("push", trained / "adapter", "me/own")
+    assert (answer.code, "was written or edited by hand" in answer.err) == (2, True), answer.err
+    assert hub.writes() == []
+
+
+def test_a_damaged_list_of_an_earlier_push_is_told(machine, hub, trained):
+    files = {"pushed.json": b'{"files": 1}'}
+    hub.repositories["models/me/list"] = Stored({"8" * 40: files}, "8" * 40, True)
+    answer = machine("push", trained / "adapter", "me/list")
+    assert (answer.code, "pushed.json of me/list is damaged" in answer.err) == (2, True), answer.err
+    assert hub.writes() == []
+
+
+def test_what_is_pushed_again_keeps_its_sampling_record(machine, hub, gentle, pushed, tmp_path):
+    """The adapter was scored with 2 steps and guidance 1; the family's record has 20 and 4.5."""
+    record = json.loads(of(hub, pushed).files["flow_opd.json"])
+    assert (record["record"]["steps"], record["record"]["guidance"]) == (2, 1.0)
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "flow_opd.json").write_text(json.dumps(record))
+    head = of(hub, pushed).head
+    for source, origin in (
+        (f"hub:{pushed}", f"flow_opd.json of hub:{pushed}@{head}"),
+        (tmp_path, "flow_opd.json beside the adapter"),
+        (tmp_path / WEIGHTS[1], "flow_opd.json beside the adapter"),
+    ):
+        answer = machine("push", source, "me/twice")
+        assert answer.code == 0, answer.err
+        assert json.loads(of(hub, "me/twice").files["flow_opd.json"]) == record
+        assert f"Drawn with 2 steps, guidance 1, shift 3, 64x64, text length 0, float32: from {origin}." in answer.out
+
+
+@pytest.mark.parametrize(
+    ("files", "guidance", "origin"),
+    [
+        ({}, 4.5, "usual, as there is no flow_opd.json and no recipe"),
+        ({"recipe.json": {"stage": "nft", "guidance": 2.5}}, 2.5, "the recipe's guidance"),
+        ({"flow_opd.json": {"record": {"steps": 3}, "experts": []}}, 4.5, "usual"),  # of a saved pipeline
+    ],
+)
+def test_where_the_record_was_found_is_said(gentle, tmp_path, files, guidance, origin):
+    write_adapter(gentle, tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    subject = read_subject(str(tmp_path))
+    assert (subject.record.guidance, origin in subject.record_from) == (guidance, True)
 
 
 def test_a_dry_run_shows_everything_and_sends_nothing(machine, hub, trained, finished):
@@ -91,6 +176,27 @@ def test_a_dry_run_shows_everything_and_sends_nothing(machine, hub, trained, fin
     assert answer.code == 0, answer.err
     assert "README.md" in answer.out
     assert "nothing was sent" in answer.out
+    assert hub.writes() == []
+
+
+@pytest.fixture
+def offline(machine):
+    place = "import os, huggingface_hub.constants as c; c.HF_HUB_OFFLINE = bool({0!r}); os.environ['{1}'] = {0!r}"
+    yield lambda variable: machine.python(place.format("1", variable))
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        machine.python(place.format("", variable))
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_mode_is_named(machine, hub, trained, offline, variable):
+    offline(variable)
+    answer = machine("push", trained / "adapter", "me/off")
+    assert answer.code == 2
+    assert f"Offline mode is on, and nothing was sent: unset {variable}" in answer.err
+    assert "same command again" not in answer.err
+    dry = machine("push", trained / "adapter", "me/off", "--dry-run")
+    assert dry.code == 0, dry.err
+    assert "What lies at me/off is not known" in dry.err
     assert hub.log == []
 
 
@@ -98,14 +204,22 @@ def test_only_public_makes_public(machine, hub, trained):
     adapter = trained / "adapter"
     assert machine("push", adapter, "me/open").code == 0
     assert of(hub, "me/open").private
-    assert machine("push", adapter, "me/open", "--public").code == 0
-    assert not of(hub, "me/open").private
     head = of(hub, "me/open").head
-    answer = machine("push", adapter, "me/open")
-    assert answer.code == 2
-    assert "me/open is public" in answer.err
+    dry = machine("push", adapter, "me/open", "--public", "--dry-run")
+    assert "private until now, public from this push on" in dry.out
+    assert of(hub, "me/open").private
+    opened = machine("push", adapter, "me/open", "--public")
+    assert opened.code == 0, opened.err
+    assert not of(hub, "me/open").private
+    assert "No file has changed" in opened.out
+    assert "me/open was private, and is public now" in opened.out
+    for words in ([], ["--dry-run"]):
+        answer = machine("push", adapter, "me/open", *words)
+        assert answer.code == 2
+        assert "me/open is public" in answer.err
     assert of(hub, "me/open").head == head
-    assert machine("push", adapter, "me/new", "--public").code == 0
+    new = machine("push", adapter, "me/new", "--public")
+    assert (new.code, "was private" in new.out) == (0, False)
     assert not of(hub, "me/new").private
 
 
@@ -146,6 +260,9 @@ def test_a_broken_upload_commits_nothing_and_the_next_sends_the_rest(machine, hu
         (None, "nobody/a", 2, "The Hub has no nobody/a"),
         (None, "a", 2, "Expected a repository as OWNER/NAME, but got 'a'"),
         (None, "me/../a", 2, "Expected a repository as OWNER/NAME"),
+        (None, "me/a--b", 2, "Expected a repository as OWNER/NAME, but got 'me/a--b': Cannot have -- or .."),
+        (None, "me/a.git", 2, "Expected a repository as OWNER/NAME, but got 'me/a.git'"),
+        (None, "me/a/b", 2, "Expected a repository as OWNER/NAME, but got 'me/a/b'"),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_its_remedy(machine, hub, trained, token, name, code, why):
@@ -301,6 +418,23 @@ def sd35(tmp_path_factory):
     return folder
 
 
+# The lines by which it is known, as one of its copies has them.
+AGREEMENT = """STABILITY AI COMMUNITY LICENSE AGREEMENT
+Last Updated: July 5, 2024
+
+II. RESEARCH & NON-COMMERCIAL USE LICENSE
+III. COMMERCIAL USE LICENSE
+Subject to the terms of this Agreement (including the remainder of this Section
+III), Stability AI grants You ...
+IV. GENERAL TERMS
+a. **Distribution & Attribution.** ... (iii) prominently display "Powered by Stability AI" ...
+e. Limitation Of Liability. ...
+g. Governing Law. ...
+V. DEFINITION(S)
+"Trade Control Laws" means any applicable ...
+"""
+
+
 def test_sd35_takes_its_licence_along_from_its_own_repository(machine, hub, sd35):
     refused = machine("push", sd35, "me/sd")
     assert refused.code == 2
@@ -324,9 +458,28 @@ def test_sd35_takes_its_licence_along_from_its_own_repository(machine, hub, sd35
 
 def test_a_licence_beside_the_adapter_serves_without_the_gated_repository(machine, hub, sd35, tmp_path):
     shutil.copytree(sd35, tmp_path / "a")
-    (tmp_path / "a" / "LICENSE.md").write_text("by hand")
+    (tmp_path / "a" / "LICENSE.md").write_text(AGREEMENT)
     assert machine("push", tmp_path / "a", "me/sd2").code == 0
-    assert of(hub, "me/sd2").files["LICENSE.md"] == b"by hand"
+    assert of(hub, "me/sd2").files["LICENSE.md"].decode() == AGREEMENT
+
+
+@pytest.mark.parametrize(
+    ("text", "lacking"),
+    [
+        ("MIT License", "Stability AI Community License Agreement"),
+        (AGREEMENT.replace("COMMUNITY", "NON-COMMERCIAL"), "Stability AI Community License Agreement"),
+        (AGREEMENT.partition("g. Governing")[0], "Governing Law"),
+        ("Stability AI Community License Agreement: see its web page.", "Research & Non-Commercial Use License"),
+    ],
+)
+def test_another_text_by_the_licences_name_is_refused(tmp_path, text, lacking):
+    (tmp_path / "LICENSE.md").write_text(text)
+    with pytest.raises(
+        RequestError, match="is not the Stability AI Community License Agreement, or not all"
+    ) as refused:
+        licence_files("flow-opd", "not at all", tmp_path)
+    assert f"it lacks {lacking!r}" in str(refused.value)
+    assert str(tmp_path / "LICENSE.md") in str(refused.value)
 
 
 def test_the_miniatures_scores_stand_on_no_other_card(machine, hub, sd35, finished, tmp_path):
@@ -369,9 +522,106 @@ def test_a_backbone_is_nothing_to_publish():
         ("python /opt/judge/run.py --to=/srv/x/out", "python run.py --to=out"),
         ("hub:owner/name@main", "hub:owner/name@main"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
-        ("runs/train/x", "runs/train/x"),
+        ("runs/train/x", "x"),
+        ("runs/private/mine/", "mine"),
+        ("../x", "x"),
+        (r"runs\private\x", "x"),
+        ("lists/mine.jsonl", "mine.jsonl"),
+        ("python judge/run.py --to=out/mine/x", "python run.py --to=x"),
+        ("judge/mine.py:score", "mine.py:score"),
+        ("owner/name", "owner/name"),
+        ("hub:owner/name/x.json", "hub:owner/name/x.json"),
         ("a photo and/or b", "a photo and/or b"),
     ],
 )
 def test_of_a_path_its_name_is_left(text, left):
     assert without_paths({text: [text]}) == {left: [left]}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("runs/mine", "mine"),
+        ("mine/", "mine/"),
+        ("/home/a/b", "b"),
+        ("hub:owner/name@main", "hub:owner/name@main"),
+        ("read and/or write", "read and/or write"),
+    ],
+)
+def test_of_a_path_in_a_recipe_its_name_is_left(text, left):
+    assert without_places({"start": text}) == {"start": left}
+
+
+def test_paths_that_end_alike_are_numbered_and_none_is_lost():
+    found = without_paths({"runs/a/x": 1, "b": 2, "/home/c/x": 3})
+    assert found == {"x (1)": 1, "b": 2, "x (2)": 3}
+
+
+# ----------------------------------------------------------------------------------------- what is refused, in parts
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"x" * 100 + b"hf_" + b"y" * 34, "a Hub token"),
+        (str(Path.home()).encode() + b"/work", "the path of your home folder"),
+        (b"xx mine xx", "this machine's Hub token"),
+    ],
+)
+@pytest.mark.parametrize("chunk", [1 << 24, 40])  # of 40: a token lies on a border
+def test_secrets_are_found_in_bytes_and_in_files_on_the_disk(tmp_path, monkeypatch, content, what, chunk):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+    monkeypatch.setattr("flowopd_eval.hub.repository._CHUNK", chunk)
+    file = tmp_path / "weights"
+    file.write_bytes(content)
+    refuse_secrets(Repository("model", {"README.md": b"harmless"}))
+    for held in (content, file):
+        with pytest.raises(RequestError, match=f"^weights holds {what}; nothing was sent"):
+            refuse_secrets(Repository("model", {"README.md": b"harmless", "weights": held}))
+
+
+def test_an_upstream_adapter_that_is_not_here_is_refused(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    recipe = {"stage": "distill", "teachers": {"a": {"source": str(tmp_path / "gone")}}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(RequestError, match=r"names '.*gone' \(teacher\), which is not here"):
+        read_subject(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", {"base_model_name_or_path": "they/model"}),
+        ("recipe.json", {"base": "they/model"}),
+        ("flow_opd.json", {"adapter_of": "they/model"}),
+    ],
+)
+def test_a_backbone_that_no_card_can_name_is_refused(gentle, tmp_path, name, content):
+    write_adapter(gentle, tmp_path)
+    there = json.loads((tmp_path / name).read_text()) if (tmp_path / name).is_file() else {}
+    (tmp_path / name).write_text(json.dumps(there | content))
+    with pytest.raises(RequestError, match="was made for 'they/model'; a card can name flow-opd, tiny") as refused:
+        read_subject(str(tmp_path))
+    assert name in str(refused.value) or "recipe" in str(refused.value)
+
+
+OWN = folder_sha256(fetch_base("builtin:tiny"))
+
+
+@pytest.mark.parametrize(
+    ("family", "drawn", "refused"),
+    [
+        ("tiny", [("tiny:base+a", OWN)], False),
+        ("tiny", [("tiny:base+a", OWN), ("tiny:base+b", "0" * 64)], True),
+        ("tiny", [("tiny:base+a", None)], True),
+        ("flow-opd", [("flow-opd:base+a", "1" * 64), ("hub:me/x@main", "1" * 64)], False),
+        ("flow-opd", [("flow-opd:base+a", "1" * 64), ("flow-opd:base+a", "2" * 64)], True),
+        ("flow-opd", [("mine+a", "1" * 64)], True),
+        ("flow-opd", [("hub:they/model+a", "1" * 64)], True),
+    ],
+)
+def test_scores_of_another_backbone_or_of_several_are_refused(family, drawn, refused):
+    entries = [SimpleNamespace(summary={"model": m, "generator": {"base_sha256": sha256}}) for m, sha256 in drawn]
+    subject = SimpleNamespace(base=f"{family}:base", family=FAMILIES[family])
+    with pytest.raises(RequestError, match="on another backbone than") if refused else nullcontext():
+        _check_backbone(entries, subject)

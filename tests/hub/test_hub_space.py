@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +17,16 @@ README = "---\ntitle: Try it\nsdk: gradio\nsdk_version: 6.31.0\napp_file: {file}
 @pytest.fixture
 def app(tmp_path):
     folder = tmp_path / "app"
-    (folder / "pages").mkdir(parents=True)
-    (folder / "__pycache__").mkdir()
-    (folder / ".gradio").mkdir()
-    for name in ("__main__.py", "pages/one.py", "style.css"):
+    for name in ("pages", "assets/icons", "__pycache__", ".gradio", "runs/mine/samples", "venv/lib", "build/lib/app"):
+        (folder / name).mkdir(parents=True)
+    for name in ("__main__.py", "pages/__init__.py", "pages/one.py", "style.css", "assets/icons/a.svg", "packages.txt"):
         (folder / name).write_text(f"# {name}")
-    for name in (".env", "votes.sqlite", "__pycache__/a.py", ".gradio/flagged.json", "weights.safetensors"):
+    secret = "run.json report.html summary.json samples/0.png scores.csv"
+    strange = (
+        ".env votes.sqlite __pycache__/a.py .gradio/flagged.json weights.safetensors notes.txt picture.png keys.json"
+    )
+    strange += " venv/lib/a.py build/lib/app/__init__.py assets/.env assets/votes.sqlite pages/data.json"
+    for name in [*strange.split(), *(f"runs/mine/{name}" for name in secret.split())]:
         (folder / name).write_text("secret")
     (folder / "link.py").symlink_to("/etc/hostname")
     (folder / "README.md").write_text(README.format(file="app/__main__.py"))
@@ -34,9 +39,17 @@ def test_the_folder_is_published_as_it_is_named(machine, hub, app):
     repo = hub.repositories["spaces/me/demo"]
     assert (repo.private, repo.sdk) == (True, "gradio")
     ours = {name: content for name, content in repo.files.items() if name != ".gitattributes"}
-    assert sorted(ours) == ["README.md", "app/__main__.py", "app/pages/one.py", "app/style.css", "requirements.txt"]
+    code = ["app/__main__.py", "app/pages/__init__.py", "app/pages/one.py", "app/style.css"]
+    assert sorted(ours) == sorted(["README.md", "requirements.txt", "packages.txt", "app/assets/icons/a.svg", *code])
+    assert b"secret" not in b"".join(ours.values())
     assert ours["requirements.txt"].decode() == f"flowopd-eval=={version('flowopd-eval')}\n"
     assert ours["app/pages/one.py"] == b"# pages/one.py"
+
+
+def test_the_toolkits_own_app_is_whole():
+    folder = Path(__file__).parents[2] / "app"
+    code = {path.name for path in folder.glob("*.py")}
+    assert space_repository(folder).files.keys() == {*code, "style.css", "README.md", "requirements.txt"}
 
 
 def test_an_app_file_of_its_own_lies_on_top(app):

@@ -49,6 +49,7 @@ def test_an_honest_card_is_consistent_picture_by_picture(machine, hub, pushed):
     assert answer.code == 0, answer.err
     head = hub.repositories[f"models/{pushed}"].head
     assert f"hub:{pushed}@{head}" in answer.out
+    assert "could not be asked" not in answer.out
     assert "of 15 drawn again are identical" in answer.out  # and a quarter of published ones
     assert "the largest difference is" in answer.out
     levels = int(answer.out.split("the largest difference is ")[1].split()[0])
@@ -145,24 +146,126 @@ def test_a_repository_that_is_not_there_is_told(machine, hub):
     assert (answer.code, "no repository 'me/none'" in answer.err) == (2, True), answer.err
 
 
+CELL = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9, "level": 0.95}
+SUMMARY = {
+    "key": KEY, "version": 1, "prompts": 144, "prompts_sha256": "a", "samples": 1, "seed": 0, "scorer": {},
+    "generator": {"adapter_sha256": "a", "sampling": {}}, "metrics": {"overall": CELL, "tasks": {}},
+}  # fmt: skip
+RECORD = {"steps": 2, "guidance": 1.0, "shift": 3.0, "width": 64, "height": 64, "text_length": 0}
+
+
+def metrics(**changes) -> bytes:
+    return json.dumps({"adapter_sha256": "a", "metrics": {KEY: SUMMARY | changes}}).encode()
+
+
+def settings(**changes) -> bytes:
+    return json.dumps({"adapter_of": "tiny:base", "record": RECORD | changes}).encode()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [
-        (
-            "flow_opd.json",
-            b'{"adapter_of": "/tmp/evil.py:draw", "record": {}}',
-            "names the backbone '/tmp/evil.py:draw'",
-        ),
-        ("metrics.json", b'{"metrics": {"x": {}}}', "is not what `flowopd-eval push` writes"),
-        ("samples.jsonl", b'{"id": 1}\n', "samples.jsonl, line 1 is no picture of a card"),
+        ("flow_opd.json", b"{", "is no JSON"),
+        ("flow_opd.json", b"\xff", "is no JSON"),
+        ("flow_opd.json", b"[]", "should hold an object, but holds list"),
+        ("flow_opd.json", b"{}", "is not an adapter that `flowopd-eval push` published"),
+        ("flow_opd.json", b'{"adapter_of": ["tiny:base"]}', "names the backbone ['tiny:base']"),
+        ("flow_opd.json", b'{"adapter_of": "/tmp/evil.py:draw"}', "names the backbone '/tmp/evil.py:draw'"),
+        ("flow_opd.json", b'{"adapter_of": "tiny:base"}', "holds no sampling record (record is missing)"),
         ("flow_opd.json", b'{"adapter_of": "tiny:base", "record": {"steps": 2}}', "holds no sampling record"),
+        ("flow_opd.json", settings(steps="two"), "holds no sampling record"),
+        ("flow_opd.json", settings(steps=0), "steps is 0"),
+        ("flow_opd.json", settings(guidance=float("nan")), "guidance nan"),
+        ("flow_opd.json", settings(dtype="load"), "dtype is 'load'"),
+        ("metrics.json", b"{", "Invalid JSON"),
+        ("metrics.json", b"\xff", "Invalid JSON"),
+        ("metrics.json", b"[]", "it: "),
+        ("metrics.json", b"{}", "adapter_sha256: Field required"),
+        ("metrics.json", b'{"adapter_sha256": "a", "metrics": {}}', "publishes no scores"),
+        ("metrics.json", b'{"adapter_sha256": "a", "metrics": {"x": {}}}', "metrics.x.key: Field required"),
+        ("metrics.json", metrics(key="ocr"), f"metrics.{KEY}.key is 'ocr'"),
+        ("metrics.json", metrics(seed="0"), f"metrics.{KEY}.seed: Input should be a valid integer"),
+        ("metrics.json", metrics(samples=0), f"metrics.{KEY}.samples: Input should be greater than 0"),
+        ("metrics.json", metrics(scorer="me"), f"metrics.{KEY}.scorer: "),
+        ("metrics.json", metrics(generator={}), f"metrics.{KEY}.generator.adapter_sha256: Field required"),
+        ("metrics.json", metrics(metrics={"overall": None, "tasks": {}}), f"metrics.{KEY}.metrics.overall: "),
+        ("metrics.json", metrics(metrics={"overall": CELL | {"low": float("nan")}, "tasks": {}}), "finite number"),
+        ("metrics.json", metrics(metrics={"overall": CELL, "tasks": {"a": {}}}), f"{KEY}.metrics.tasks.a.value: "),
+        ("samples.jsonl", b'{"id": 1}\n', "samples.jsonl, line 1, of"),
+        ("samples.jsonl", b"\xff\n", "samples.jsonl, line 1, of"),
+        ("samples/shapes_quality-00000-00.png", b"none", "samples/shapes_quality-00000-00.png of"),
+        ("samples/shapes_quality-00000-00.png", b"\x89PNG\r\n\x1a\n", "samples/shapes_quality-00000-00.png of"),
+        ("README.md", b"# A card without metadata", "there is none between two lines of --- on top"),
+        ("README.md", b"---\na: [\n---\n", "has no metadata that can be read"),
+        ("README.md", b"---\n- a\n---\n", "has no metadata that can be read"),
+        ("README.md", b"---\n1: a\n---\n", "has no metadata that can be read"),
+        ("README.md", b"\xff", "has no metadata that can be read"),
     ],
 )
 def test_what_is_damaged_or_foreign_is_refused_in_words(machine, hub, pushed, name, content, why):
     publish(hub, pushed, **{name: content})
     answer = machine("verify", pushed)
     assert (answer.code, why in answer.err) == (2, True), answer.err
+    assert pushed in answer.err
+    speaks_of_all = ("names the backbone", "publishes no scores", "is not an adapter")
+    assert why.startswith(speaks_of_all) or name in answer.err
     assert "Traceback" not in answer.err
+
+
+@pytest.fixture
+def unreachable(machine):
+    """Makes the Hub one that does not answer."""
+    machine.python("import flowopd_eval.download as d; d.before = d.hub_answers; d.hub_answers = lambda: False")
+    yield
+    machine.python("import flowopd_eval.download as d; d.hub_answers = d.before")
+
+
+@pytest.fixture
+def cached(machine, pushed) -> str:
+    """What was pushed, in this machine's cache."""
+    answer = machine.python(f"from flowopd_eval.download import fetch_files as f; f('hub:{pushed}', ['*', '*/*'])")
+    assert answer.code == 0, answer.err
+    return pushed
+
+
+@pytest.mark.parametrize("how", ["revision", "removed", "token"])
+def test_a_hub_that_refuses_is_not_replaced_by_the_cache(machine, hub, cached, how):
+    name = cached
+    if how == "revision":
+        name += "@main2"
+    elif how == "removed":
+        del hub.repositories[f"models/{cached}"]
+    else:
+        machine.token = "hf_other"
+    answer = machine("verify", name, "--pictures", 8)
+    why = "has no revision 'main2'" if how == "revision" else "no repository 'me/gentle' on the Hub that this token may"
+    assert (answer.code, why in answer.err) == (2, True), answer.err
+    assert "consistent" not in answer.out
+
+
+def test_a_hub_that_cannot_be_asked_is_told_with_the_commit_that_was_verified(machine, hub, cached, unreachable):
+    before = len(hub.log)
+    answer = machine("verify", cached, "--pictures", 8)
+    assert answer.code == 0, answer.err
+    assert f"hub:{cached}@{hub.repositories[f'models/{cached}'].head}" in answer.out
+    assert "the Hub could not be asked: this is the commit in the local cache" in answer.out
+    assert len(hub.log) == before
+
+
+@pytest.mark.parametrize(
+    "index", [[], [{"name": "x"}], [{"name": "x", "results": [{"task": {"type": []}, "metrics": [{"type": []}]}]}]]
+)
+def test_metadata_without_numbers_are_not_those_of_the_metrics(machine, hub, pushed, index):
+    publish(hub, pushed, **{"README.md": b"---\nmodel-index: " + json.dumps(index).encode() + b"\n---\n"})
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert (answer.code, "README.md shows other numbers than metrics.json" in answer.out) == (1, True), answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_an_empty_list_is_not_the_bench(machine, hub, pushed):
+    publish(hub, pushed, **{"samples.jsonl": b""})
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert (answer.code, "the list is not the whole bench" in answer.out) == (1, True), answer.err
 
 
 def test_a_picture_outside_of_samples_is_refused(machine, hub, pushed):
