@@ -493,7 +493,7 @@ def test_a_run_of_an_earlier_version_that_makes_other_weights_is_not_gone_on_wit
     state = checkpoints.latest()
     state["identity"]["schema"] -= 1
     checkpoints.save(1, state)
-    with pytest.raises(RequestError, match="begun by an earlier version .* another `out`"):
+    with pytest.raises(RequestError, match=r"begun by an earlier version .* another `out`"):
         run(tiny, "direct", tmp_path, steps=2)
 
 
