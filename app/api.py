@@ -151,8 +151,8 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         return asdict(polling.ballot.cast(ticket, choice))
 
     def standings() -> list[dict[str, Any]]:
-        """Win rates with intervals."""
-        return polling.standings()
+        """Win rates with intervals, apart for each model that bore a name: ``weights`` are the hashes of what drew."""
+        return [asdict(one) for one in polling.standings()]
 
     def votes_csv() -> str:
         """Every vote, a line each."""

@@ -89,6 +89,12 @@ class Drawn:
     error: str = ""
 
 
+def weights(identity: Mapping[str, Any]) -> str:
+    """The hashes of what drew: the backbone's, and after a + the adapter's where there is one."""
+    hashes = (identity.get("base_sha256"), identity.get("adapter_sha256"))
+    return "+".join(str(one) for one in hashes if one)
+
+
 class Stopped(Exception):
     """Nobody wants the picture any more."""
 

@@ -7,7 +7,7 @@ import sqlite3
 
 import pytest
 
-from app.vote import Ballot
+from app.vote import Ballot, titles
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
 from flowopd_eval.statistics import mean_interval, wilson_interval
@@ -24,8 +24,8 @@ def ballot(tmp_path):
     return Ballot(tmp_path / "deep" / "votes.sqlite")
 
 
-def cast(ballot, choice, **pair):
-    return ballot.cast(ballot.issue(FAMILY, asked(**pair)), choice)
+def cast(ballot, choice, weights=("aa", "bb"), **pair):
+    return ballot.cast(ballot.issue(FAMILY, asked(**pair), weights), choice)
 
 
 def test_a_vote_reveals_who_drew_what(ballot):
@@ -34,7 +34,7 @@ def test_a_vote_reveals_who_drew_what(ballot):
 
 
 def test_a_pair_is_voted_on_once(ballot):
-    ticket = ballot.issue(FAMILY, asked())
+    ticket = ballot.issue(FAMILY, asked(), ("aa", "bb"))
     ballot.cast(ticket, "left")
     with pytest.raises(RequestError, match="has had its vote"):
         ballot.cast(ticket, "right")
@@ -49,7 +49,7 @@ def test_a_ticket_nobody_issued_counts_for_nothing(ballot, ticket, choice):
 
 
 def test_another_choice_is_refused_and_the_pair_stays_open(ballot):
-    ticket = ballot.issue(FAMILY, asked())
+    ticket = ballot.issue(FAMILY, asked(), ("aa", "bb"))
     with pytest.raises(RequestError, match="expected left, tie, right"):
         ballot.cast(ticket, "both")
     assert ballot.cast(ticket, "tie").choice == "tie"
@@ -85,10 +85,58 @@ def test_the_csv_is_read_back_whole_and_starts_no_formula(ballot):
     rows = [dict(zip(header, row, strict=True)) for row in (first, second)]
     assert rows[0]["prompt"] == '\'=HYPERLINK("x"),\'"'
     assert rows[1]["prompt"] == "zwei Sterne, groß"
-    assert [(row["left_model"], row["right_model"], row["choice"]) for row in rows] == [
-        ("a", "b", "left"),
-        ("a", "b", "tie"),
+    told = ("left_model", "right_model", "choice", "left_weights", "right_weights")
+    assert [tuple(row[name] for name in told) for row in rows] == [
+        ("a", "b", "left", "aa", "bb"),
+        ("a", "b", "tie", "aa", "bb"),
     ]
+
+
+MONDAY, TUESDAY = "base" * 16 + "+" + "monday" * 10, "base" * 16 + "+" + "tues" * 16
+
+
+def test_two_models_of_one_name_are_counted_apart(ballot):
+    cast(ballot, "left", ("aa", MONDAY), right="mine")
+    cast(ballot, "left", ("aa", MONDAY), right="mine", prompt="q")
+    cast(ballot, "right", ("aa", TUESDAY), right="mine")
+    found = ballot.standings(FAMILY)
+    assert [(one.model, one.weights, one.wins, one.losses) for one in found] == [
+        ("mine", TUESDAY, 1, 0),
+        ("a", "aa", 2, 1),
+        ("mine", MONDAY, 0, 2),
+    ]
+    assert titles(found) == ["mine · basebase+tuestues", "a", "mine · basebase+mondaymo"]
+
+
+OLDER = """
+CREATE TABLE pairs (
+    ticket TEXT PRIMARY KEY, issued_at REAL NOT NULL, family TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL,
+    settings TEXT NOT NULL, left_model TEXT NOT NULL, right_model TEXT NOT NULL);
+CREATE TABLE votes (
+    ticket TEXT PRIMARY KEY REFERENCES pairs (ticket), cast_at REAL NOT NULL,
+    choice TEXT NOT NULL CHECK (choice IN ('left', 'tie', 'right')));
+INSERT INTO pairs VALUES ('voted', 1.0, 'tiny', 'a star', 1, '{}', 'mine', 'b');
+INSERT INTO pairs VALUES ('open', 2.0, 'tiny', 'a star', 1, '{}', 'mine', 'b');
+INSERT INTO votes VALUES ('voted', 3.0, 'left');
+"""
+
+
+def test_a_file_of_before_the_hashes_were_kept_goes_on(tmp_path):
+    with sqlite3.connect(tmp_path / "older.sqlite") as older:
+        older.executescript(OLDER)
+    for _ in range(2):
+        ballot = Ballot(tmp_path / "older.sqlite")
+    assert ballot.cast("open", "left").left == "mine"
+    cast(ballot, "right", (MONDAY, "bb"), left="mine", prompt="q")
+    found = ballot.standings(FAMILY)
+    assert {name: (one.wins, one.losses) for name, one in zip(titles(found), found, strict=True)} == {
+        "mine · hash not kept": (2, 0),
+        "mine · basebase+mondaymo": (0, 1),
+        "b · hash not kept": (0, 2),
+        "b · bb": (1, 0),
+    }
+    rows = list(csv.DictReader(io.StringIO(ballot.csv())))
+    assert [(row["left_weights"], row["right_weights"]) for row in rows] == [("", ""), ("", ""), (MONDAY, "bb")]
 
 
 def test_the_file_outlives_the_process_and_is_in_wal_mode(ballot):
