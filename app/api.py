@@ -128,13 +128,17 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         }
 
     def restore(png: str) -> dict[str, Any]:
-        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here."""
+        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here.
+
+        ``changed`` are those of them that are other models here than those that drew then.
+        """
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "comparison.png"
             file.write_bytes(_bytes(png))
             saved = read_comparison(file)
-        words, arms = restorable(session, saved)
-        return {**saved.settings.model_dump(), "arms": arms, "said": words, "scores": saved.scores}
+        found = restorable(session, saved)
+        told = {"arms": found.arms, "changed": found.changed, "said": found.words, "scores": saved.scores}
+        return {**saved.settings.model_dump(), **told}
 
     def vote_pair(prompt: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Two pictures without names, and the ticket by which to vote on them."""

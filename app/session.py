@@ -202,6 +202,11 @@ class Session:
             dtype=self._backbone.dtype,
         )
 
+    def weights(self, name: str) -> str:
+        """The hashes of an arm, as :func:`weights` has them of a picture."""
+        spec = self.arms[name].spec
+        return weights(ModelGenerator(self._backbone, spec, spec.record).identity())
+
     def draw(self, request: Wanted) -> Iterator[Step | Drawn]:
         """Draw and judge the request's arms, each on its own: one that fails leaves the others theirs.
 

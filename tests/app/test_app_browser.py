@@ -5,6 +5,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,6 +160,25 @@ def test_a_comparison_is_saved_and_its_png_restores_every_setting(page, tmp_path
     assert not page.get_by_label("Each model's own number of steps").is_checked()
     assert page.get_by_label("Each model's own guidance scale").is_checked()
     assert page.get_by_label("number input for Steps for all").input_value() == "3"
+
+
+def test_a_restored_comparison_says_which_model_is_another_here(page, tmp_path, monkeypatch, session):
+    choose(page, "base", "geneval")
+    few_steps(page, 1)
+    page.click("#draw")
+    drawn(page, 2)
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    download.value.save_as(tmp_path / "saved.png")
+    other = replace(session.arms["geneval"], spec=session.arms["ocr"].spec)
+    monkeypatch.setitem(session.arms, "geneval", other)
+    page.get_by_role("button", name="Restore a saved comparison").click()
+    page.locator("#dropped input[type=file]").set_input_files(tmp_path / "saved.png")
+    page.wait_for_selector("#status .bad")
+    assert page.inner_text("#status") == (
+        "Settings restored. Here geneval is another model than the one that drew then: its picture will be another. "
+        "Draw to see the others again."
+    )
 
 
 def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):

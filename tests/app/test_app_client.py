@@ -72,6 +72,7 @@ def test_a_comparison_is_the_sessions_own_and_its_png_restores_it(client, sessio
         "steps": 2,
         "guidance": None,
     }
+    assert restored["changed"] == []
 
 
 def test_steps_are_told_on_the_way(client):

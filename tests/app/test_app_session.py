@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from app.judging import best
+from app.picture import Saved
 from app.session import Drawn, Lora, Session, Step
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
@@ -59,6 +60,33 @@ def test_provenance_says_what_decided_the_picture(session):
     assert one.identity["sampling"]["steps"] == 2
     assert one.identity["sampling"]["guidance"] == 2.0
     assert len(one.identity["base_sha256"]) == len(one.identity["adapter_sha256"]) == 64
+
+
+def saved_of(session, pictures):
+    return Saved(
+        family="tiny",
+        settings=wanted({"prompt": CIRCLE, "seed": 5, "arms": list(pictures)}),
+        drawn={name: dict(one.identity) for name, one in pictures.items()},
+        scores={},
+        sha256="",
+    )
+
+
+def test_a_saved_comparison_is_told_apart_from_what_draws_here_now(session, monkeypatch):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.compare_tab import restorable
+
+    saved = saved_of(session, drawn(session, arms=["base", "student", "ocr"], steps=1))
+    words, arms, changed = restorable(session, saved)
+    assert (arms, changed) == (["base", "student", "ocr"], [])
+    assert "Draw to see the pictures again." in words
+    for name, other in (("student", "geneval"), ("ocr", "base")):
+        monkeypatch.setitem(session.arms, name, replace(session.arms[name], spec=session.arms[other].spec))
+    words, arms, changed = restorable(session, saved)
+    assert (arms, changed) == (["base", "student", "ocr"], ["student", "ocr"])
+    assert "Here student, ocr are other models than those that drew then" in words
+    monkeypatch.setitem(session._backbone.__dict__, "sha256", "0" * 64)
+    assert restorable(session, saved).changed == ["base", "student", "ocr"]
 
 
 def test_a_cards_provenance_has_the_seed_and_no_empty_field(session):
