@@ -39,7 +39,7 @@ def start(
 ) -> None:
     """Student against experts, in the browser."""
     _check(runs, host, port, dtype)
-    with status(f"loading {model}"):
+    with status(f"loading {model} and its judges"):
         from app import ui
         from app.runs import Runs
         from app.session import Lora, Session

@@ -122,13 +122,13 @@ class Session:
         base = resolve(f"{family}:base")
         self._backbone = Backbone(self.family.base, [base], device, dtype)
         self._backbone.load()
-        self.panel = Panel(self.family.objects)
         self._turn = threading.Lock()  # the backbone draws with one arm at a time
         self.arms: dict[str, Arm] = {}
         for name, member in self.family.members.items():
             self._add(Arm(name, resolve(f"{family}:{name}"), member.about))
         for name, lora in (loras or {}).items():
             self._add_lora(name, lora)
+        self.panel = Panel(self.family.objects)
 
     def _add_lora(self, name: str, lora: Lora) -> None:
         family = self.family.name
