@@ -137,7 +137,8 @@ def test_a_cancelled_comparison_stops_being_drawn(client):
 
 def test_twenty_clients_at_once_are_all_answered(server):
     def ask(seed):
-        return compare(Client(server, verbose=False), seed=seed, arms=["base"])["pictures"][0]["picture"]
+        client = Client(server, verbose=False, httpx_kwargs={"timeout": 60})  # seconds: also on a loaded machine
+        return compare(client, seed=seed, arms=["base"])["pictures"][0]["picture"]
 
     with ThreadPoolExecutor(20) as pool:
         pictures = list(pool.map(ask, range(20)))
