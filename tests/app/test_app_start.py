@@ -73,6 +73,8 @@ def test_the_front_matter_is_a_spaces(tmp_path):
         (["--lora", "nothing"], "expected NAME=FOLDER or NAME=FOLDER@GUIDANCE"),
         (["--lora", "mine=x@much"], "expected a guidance scale from 0 to 20"),
         (["--dtype", "int8"], "--dtype int8: expected float32, bfloat16 or float16."),
+        (["--port", "99999999"], "app: --port 99999999: expected a number from 1 to 65535.\n"),
+        (["--port", "0"], "app: --port 0: expected a number from 1 to 65535.\n"),
         (["--host", "203.0.113.7"], "--host 203.0.113.7: this machine cannot listen there"),
         (["--lora", "mine=/does/not/exist"], "--lora mine=/does/not/exist"),
         (["--runs", "/does/not/exist"], "there is no such folder"),
