@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -64,6 +65,24 @@ def second(page, server):
     visitor.goto(server)
     visitor.wait_for_selector("#draw")
     return visitor
+
+
+def assert_evenly_spaced(page):
+    """The pictures of the gallery's full rows: the same columns, the same gaps, as much left as right."""
+    page.wait_for_function("document.querySelectorAll('#gallery button img').length == 24")
+    grid, *boxes = page.evaluate("""() => [document.querySelector('#gallery .grid-container'),
+      ...document.querySelectorAll('#gallery .grid-container button')].map(e => e.getBoundingClientRect().toJSON())""")
+    rows = [[box for box in boxes if box["top"] == top] for top in sorted({box["top"] for box in boxes})]
+    full = [row for row in rows if len(row) == len(rows[0])]
+    assert len(rows[0]) >= 4
+    assert len(full) >= 2
+    for row in full:
+        gaps = [b["left"] - a["right"] for a, b in pairwise(row)]
+        edges = [row[0]["left"] - grid["left"], grid["right"] - row[-1]["right"]]
+        assert max(gaps) - min(gaps) <= 1
+        assert abs(edges[0] - edges[1]) <= 1
+        assert min(gaps) > 0
+        assert [box["left"] for box in row] == [box["left"] for box in full[0]]
 
 
 def drawing():
@@ -370,6 +389,7 @@ def test_runs_are_shown_filtered_and_opened(page):
     assert "tell them apart" in page.inner_text("#run-tables")
     assert page.locator("#run-tables .bar").count() == 6
     assert page.inner_text("#count .count") == "40 pictures · page 1 of 2"
+    assert_evenly_spaced(page)
     page.click("#on")
     page.wait_for_function("document.querySelector('#count .count').innerText == '40 pictures · page 2 of 2'")
     assert not page.locator("#on").is_enabled()

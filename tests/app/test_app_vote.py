@@ -4,9 +4,12 @@ import csv
 import io
 import multiprocessing
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
+from app.session import Drawn
 from app.vote import Ballot, titles
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
@@ -173,3 +176,42 @@ def test_a_place_where_no_file_can_be_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="no votes can be kept there"):
         Ballot(tmp_path / "file" / "votes.sqlite")
+
+
+class Painted:
+    """A session whose models draw in its own order, whatever the order in which they are asked."""
+
+    def __init__(self, names):
+        self.ready = [SimpleNamespace(name=name) for name in names]
+        self.family = SimpleNamespace(name=FAMILY, objects="shapes")
+
+    def draw(self, request):
+        for arm in self.ready:
+            if arm.name in request.arms:
+                yield Drawn(arm.name, Image.new("RGB", (8, 8)), identity={"base_sha256": f"of {arm.name}"})
+
+
+def test_either_model_comes_to_stand_left(ballot):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.vote_tab import Pair, Polling
+
+    polling = Polling(Painted(["a", "b"]), ballot)
+    sides = set()
+    for _ in range(64):  # that one never stands left by chance: 2 ** -63
+        (pair,) = [event for event in polling.pair(polling.request("a star", 1)) if isinstance(event, Pair)]
+        reveal = ballot.cast(pair.ticket, "tie")
+        assert (pair.left.arm, pair.right.arm) == (reveal.left, reveal.right)
+        sides.add((pair.left.arm, pair.right.arm))
+    assert sides == {("a", "b"), ("b", "a")}
+    row = next(csv.DictReader(io.StringIO(ballot.csv())))
+    assert row["left_weights"] == f"of {row['left_model']}"
+
+
+def test_every_two_models_meet(ballot):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.vote_tab import Polling
+
+    polling = Polling(Painted(["a", "b", "c"]), ballot)
+    assert (
+        len({polling.request("a star", 1).arms for _ in range(256)}) == 6
+    )  # one is missing by chance: 6 * (5/6) ** 256
