@@ -193,9 +193,14 @@ def _offer_runs(given: Runs | None) -> None:
         return here().csv(name)
 
     def run_comparison(name: str) -> list[dict[str, Any]]:
-        """Every model of a run beside its first: a sentence, and the rows with intervals."""
+        """Every model of a run beside its first: a sentence, what to mind, and the rows with intervals."""
         return [
-            {"key": one.key, "sentence": one.sentence, "rows": [asdict(row) for row in (one.overall, *one.tasks)]}
+            {
+                "key": one.key,
+                "sentence": one.sentence,
+                "warnings": one.warnings,
+                "rows": [asdict(row) for row in (one.overall, *one.tasks)],
+            }
             for one in here().compare(name).comparisons
         ]
 
