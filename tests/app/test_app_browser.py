@@ -1,4 +1,4 @@
-"""The page in a real Chromium, used as a person would."""
+"""The page in a real Chromium, used as a person would: everything once; what cheaper tests cover, too, is slow."""
 
 import csv
 import json
@@ -181,6 +181,7 @@ def test_a_comparison_is_saved_and_its_png_restores_every_setting(page, tmp_path
     assert page.get_by_label("number input for Steps for all").input_value() == "3"
 
 
+@pytest.mark.slow
 def test_a_restored_comparison_says_which_model_is_another_here(page, tmp_path, monkeypatch, session):
     choose(page, "base", "geneval")
     few_steps(page, 1)
@@ -200,6 +201,7 @@ def test_a_restored_comparison_says_which_model_is_another_here(page, tmp_path, 
     )
 
 
+@pytest.mark.slow
 def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
     page.locator("#prompt textarea").fill("kept")
@@ -210,6 +212,7 @@ def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):
     assert page.locator("#prompt textarea").input_value() == "kept"
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_and_no_model_are_messages(page):
     page.locator("#prompt textarea").fill("   ")
     choose(page)
@@ -251,6 +254,7 @@ def test_stop_ends_the_computation_and_keeps_what_was_drawn(page):
     assert "Stopped with 1 of 3" in page.inner_text("#status")
 
 
+@pytest.mark.slow
 def test_stop_is_heard_at_any_moment_and_drawing_can_begin_again(page):
     choose(page, "base", "student")
     few_steps(page, 60)
@@ -288,10 +292,15 @@ def test_draw_is_off_while_drawing_and_stop_while_not(page):
 @pytest.mark.parametrize(
     ("seed", "said"),
     [
-        ("-1", "Seed: expected 0 or more (got -1)."),
-        ("100000000000000000000", "Seed: expected 4294967295 or less (got 100000000000000000000)."),
         ("1.5", "Seed: expected a whole number (got 1.5)."),
-        ("", "Seed: expected a whole number."),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (
+                ("-1", "Seed: expected 0 or more (got -1)."),
+                ("100000000000000000000", "Seed: expected 4294967295 or less (got 100000000000000000000)."),
+                ("", "Seed: expected a whole number."),
+            )
+        ),
     ],
 )
 def test_a_wrong_seed_is_a_message_of_ours(page, seed, said):
@@ -302,6 +311,7 @@ def test_a_wrong_seed_is_a_message_of_ours(page, seed, said):
     assert page.locator(".toast-wrap .toast-body").count() == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_not_cut_but_refused(page):
     page.locator("#prompt textarea").fill("star " * 100)
     assert len(page.locator("#prompt textarea").input_value()) == 500
@@ -330,6 +340,7 @@ def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(page, server):
     page.wait_for_function("document.querySelector('#status').innerText.startsWith('Stopped with')")
 
 
+@pytest.mark.slow
 def test_leaving_the_page_ends_the_computation(page):
     choose(page, "base", "student")
     few_steps(page, 100)
@@ -411,6 +422,7 @@ def test_runs_are_shown_filtered_and_opened(page):
     assert "generator.sampling.steps" in detail
 
 
+@pytest.mark.slow
 def test_runs_that_come_after_the_start_are_there_after_a_reload(session, browser, runs_folder, tmp_path):
     from app import ui
     from app.runs import Runs

@@ -48,6 +48,7 @@ def started(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_without_the_gated_model_a_space_names_the_two_steps(started):
     url, said = started(FLOW_OPD_MODEL="flow-opd", SPACE_ID="somebody/demo", HF_TOKEN="hf_abcdefghijklmnopqrstuvwxyz")
     page = httpx.get(f"{url}config").text
