@@ -357,8 +357,9 @@ def test_examples_of_every_task_fill_the_prompt(page):
     seen = set()
     for task in ("One object", "Counting", "Position", "Sign"):
         for _ in range(2):
+            before = page.locator("#prompt textarea").input_value()
             page.get_by_role("button", name=task, exact=True).click()
-            page.wait_for_timeout(150)
+            page.wait_for_function("old => document.querySelector('#prompt textarea').value != old", arg=before)
             seen.add(page.locator("#prompt textarea").input_value())
     assert len(seen) == 8
     assert any('says "' in prompt for prompt in seen)
