@@ -16,6 +16,7 @@ from flowopd_eval.terminal import status
 
 _VOTES = Path("runs/app/votes.sqlite")
 _RUNS = Path("runs")
+_PORTS = 65535
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -32,14 +33,14 @@ def start(
     votes: Annotated[Path, typer.Option(help="SQLite file of the blind votes.")] = _VOTES,
     host: Annotated[str | None, typer.Option(help="Address to listen on (default: this machine only).")] = None,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="Port (default: the first free one from 7860).")
+        int | None, typer.Option(help=f"Port from 1 to {_PORTS} (default: the first free one from 7860).")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps (default: cuda where there is one).")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's).")] = None,
 ) -> None:
     """Student against experts, in the browser."""
     _check(runs, host, port, dtype)
-    with status(f"loading {model}"):
+    with status(f"loading {model} and its judges"):
         from app import ui
         from app.runs import Runs
         from app.session import Lora, Session
@@ -67,6 +68,8 @@ def _check(runs: Path | None, host: str | None, port: int | None, dtype: str | N
         raise RequestError(f"--runs {runs}: there is no such folder.")
     if dtype not in (None, *_DTYPES):
         raise RequestError(f"--dtype {dtype}: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.")
+    if port is not None and not 1 <= port <= _PORTS:
+        raise RequestError(f"--port {port}: expected a number from 1 to {_PORTS}.")
     _listen(host, 0, f"--host {host}: this machine cannot listen there; give an address of its own, or leave it out.")
     if port is not None:
         _listen(host, port, _no_port(port))

@@ -128,13 +128,17 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         }
 
     def restore(png: str) -> dict[str, Any]:
-        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here."""
+        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here.
+
+        ``changed`` are those of them that are other models here than those that drew then.
+        """
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "comparison.png"
             file.write_bytes(_bytes(png))
             saved = read_comparison(file)
-        words, arms = restorable(session, saved)
-        return {**saved.settings.model_dump(), "arms": arms, "said": words, "scores": saved.scores}
+        found = restorable(session, saved)
+        told = {"arms": found.arms, "changed": found.changed, "said": found.words, "scores": saved.scores}
+        return {**saved.settings.model_dump(), **told}
 
     def vote_pair(prompt: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Two pictures without names, and the ticket by which to vote on them."""
@@ -151,8 +155,8 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         return asdict(polling.ballot.cast(ticket, choice))
 
     def standings() -> list[dict[str, Any]]:
-        """Win rates with intervals."""
-        return polling.standings()
+        """Win rates with intervals, apart for each model that bore a name: ``weights`` are the hashes of what drew."""
+        return [asdict(one) for one in polling.standings()]
 
     def votes_csv() -> str:
         """Every vote, a line each."""
@@ -189,9 +193,14 @@ def _offer_runs(given: Runs | None) -> None:
         return here().csv(name)
 
     def run_comparison(name: str) -> list[dict[str, Any]]:
-        """Every model of a run beside its first: a sentence, and the rows with intervals."""
+        """Every model of a run beside its first: a sentence, what to mind, and the rows with intervals."""
         return [
-            {"key": one.key, "sentence": one.sentence, "rows": [asdict(row) for row in (one.overall, *one.tasks)]}
+            {
+                "key": one.key,
+                "sentence": one.sentence,
+                "warnings": one.warnings,
+                "rows": [asdict(row) for row in (one.overall, *one.tasks)],
+            }
             for one in here().compare(name).comparisons
         ]
 

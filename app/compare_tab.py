@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 
 from app import cards
 from app.examples import EXAMPLES, example
 from app.picture import Saved, enlarged, read_comparison, write_comparison
-from app.session import Drawn, Session, Step
+from app.session import Drawn, Session, Step, weights
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
 from app.wanted import GUIDANCE, SEED, STEPS, Wanted, shown, steps_in_words, wanted
 from flowopd_eval.errors import RequestError
@@ -228,15 +228,15 @@ class CompareTab:
             return (gr.skip(),) * 9
         try:
             saved = read_comparison(Path(file))
-            words, arms = restorable(self.session, saved)
+            found = restorable(self.session, saved)
         except Exception as error:
             return cards.notice(in_words(error), "bad"), *[gr.skip()] * 8
         asked, base = saved.settings, self.session.family.record
         return (
-            cards.notice(words, "good"),
+            cards.notice(found.words, "bad" if found.changed else "good"),
             asked.prompt,
             asked.seed,
-            arms,
+            found.arms,
             asked.steps is None,
             asked.steps or base.steps,
             asked.guidance is None,
@@ -295,8 +295,16 @@ def _laid(good: dict[str, Drawn], left: str | None, right: str | None) -> Any:
     return tuple(enlarged(picture, 512) for picture in pair if picture is not None)
 
 
-def restorable(session: Session, saved: Saved) -> tuple[str, list[str]]:
-    """In words what can be restored here, and the models that are here. Raises ``RequestError`` for none."""
+class Restorable(NamedTuple):
+    """What can be restored here, in words; the models that are here; and those that were others then."""
+
+    words: str
+    arms: list[str]
+    changed: list[str]
+
+
+def restorable(session: Session, saved: Saved) -> Restorable:
+    """What of a saved comparison can be restored here. Raises ``RequestError`` where nothing can."""
     settings, here = saved.settings, session.family.name
     if saved.family != here:
         raise RequestError(f"That comparison is of the family {saved.family!r}; this page shows {here!r}.")
@@ -306,5 +314,16 @@ def restorable(session: Session, saved: Saved) -> tuple[str, list[str]]:
         raise RequestError(f"None of its models ({', '.join(settings.arms)}) is here.")
     session.check(settings.model_copy(update={"arms": tuple(arms)}))
     gone = [name for name in settings.arms if name not in ready]
+    drew = {name: weights(identity) for name, identity in saved.drawn.items()}
+    changed = [name for name in arms if name in drew and drew[name] != session.weights(name)]
     lacking = f" Not here, and left out: {', '.join(gone)}." if gone else ""
-    return f"Settings restored. Draw to see the pictures again.{lacking}", arms
+    return Restorable(f"Settings restored. {_again(arms, changed)}{lacking}", arms, changed)
+
+
+def _again(arms: Sequence[str], changed: Sequence[str]) -> str:
+    if not changed:
+        return "Draw to see the pictures again."
+    rest = " Draw to see the others again." if len(changed) < len(arms) else ""
+    if len(changed) == 1:
+        return f"Here {changed[0]} is another model than the one that drew then: its picture will be another.{rest}"
+    return f"Here {', '.join(changed)} are other models than those that drew then: their pictures will be others.{rest}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,13 +46,16 @@ class Seat:
 
 
 class Panel:
-    """The judges of pictures of ``objects``. Each is loaded when a prompt first needs it."""
+    """The judges of pictures of ``objects``.
+
+    Their weights are fetched here, before a page is open: GenEval's detector and its CLIP are 2 GB, for which neither
+    a click nor those who wait behind it should stand still. PickScore's 4 GB are not fetched at all.
+    """
 
     def __init__(self, objects: str) -> None:
         self.objects = objects
         self._benches = [find_bench(flag, objects) for flag in FLAGS[objects]]
-        self._scorers: dict[str, Scorer | str] = {}
-        self._lock = threading.Lock()
+        self._scorers = {bench.flag: _scorer(bench) for bench in self._benches}
 
     def seats(self, text: str) -> list[Seat]:
         """Every judge's place for a prompt, in the order in which they are shown."""
@@ -64,7 +66,7 @@ class Panel:
             prompt = self._record(bench, text)
         except RequestError as error:
             return Seat(bench.flag, None, None, str(error))
-        scorer = self._scorer(bench)
+        scorer = self._scorers[bench.flag]
         if isinstance(scorer, str):
             return Seat(bench.flag, prompt, None, shown(scorer))
         return Seat(bench.flag, prompt, scorer)
@@ -83,24 +85,22 @@ class Panel:
         bench.check(prompt)
         return prompt
 
-    def _scorer(self, bench: Bench) -> Scorer | str:
-        """The bench's judge, loaded once; or why it is unavailable."""
-        with self._lock:
-            if bench.flag not in self._scorers:
-                try:
-                    if bench.flag == "preference":
-                        _check_cached()
-                    scorer = bench.scorer(bench.protocols[0], Judge(metrics=("pickscore",), ocr_workers=1))
-                    scorer.identity()
-                    self._scorers[bench.flag] = scorer
-                except RequestError as error:
-                    self._scorers[bench.flag] = f"unavailable: {error}"
-                except ImportError as error:
-                    self._scorers[bench.flag] = f"unavailable: the package {error.name} is not installed"
-                except Exception:  # memory that is full, damaged weights: pictures stay, unscored
-                    _log.exception("The judge of %s could not be loaded", bench.flag)
-                    return "unavailable: it could not be loaded; the server's log says why"
-            return self._scorers[bench.flag]
+
+def _scorer(bench: Bench) -> Scorer | str:
+    """The bench's judge with its weights on this machine; or why it is unavailable."""
+    try:
+        if bench.flag == "preference":
+            _check_cached()
+        scorer = bench.scorer(bench.protocols[0], Judge(metrics=("pickscore",), ocr_workers=1))
+        scorer.identity()
+    except RequestError as error:
+        return f"unavailable: {error}"
+    except ImportError as error:
+        return f"unavailable: the package {error.name} is not installed"
+    except Exception:  # memory that is full, damaged weights: pictures stay, unscored
+        _log.exception("The judge of %s could not be loaded", bench.flag)
+        return "unavailable: it could not be loaded; the server's log says why"
+    return scorer
 
 
 def _check_cached() -> None:

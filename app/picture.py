@@ -6,7 +6,8 @@ import hashlib
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +123,21 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.I
     return ImageFont.load_default(size)
 
 
+@lru_cache(maxsize=4096)
+def _lacks(font: Any, letter: str) -> bool:
+    """Whether the font would draw a letter as it draws what no font has: with a box."""
+    return not letter.isspace() and bytes(font.getmask(letter)) == bytes(font.getmask("\U0010ffff"))
+
+
+def _drawable(text: str, font: Any) -> str:
+    """``text`` with what the font lacks as code points: no font is fetched, and rows of boxes would say nothing."""
+    parts: list[str] = []
+    for lacking, group in groupby(text, lambda letter: _lacks(font, letter)):
+        letters = list(group)
+        parts += ["[", " ".join(f"U+{ord(one):04X}" for one in letters), "]"] if lacking else letters
+    return "".join(parts)
+
+
 def _sheet(
     settings: Wanted,
     pictures: Mapping[str, Image.Image],
@@ -181,6 +197,7 @@ def _footer(settings: Wanted, drawn: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
     """``text`` in lines no wider than ``width``; a word that is wider is broken."""
+    text = _drawable(text, font)
     letters = max(8, int(width / (font.getlength("abcdefghij nopqrst") / 18)))
     while True:
         lines = textwrap.wrap(text, letters) or [""]
@@ -196,6 +213,7 @@ def _cut(line: tuple[str, bool], unit: int, width: int) -> list[tuple[str, bool]
 
 def _fitting(text: str, font: Any, width: int) -> str:
     """``text``, its end replaced by … where it would be wider than ``width``."""
+    text = _drawable(text, font)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

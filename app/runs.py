@@ -89,10 +89,13 @@ class Runs:
         return _loaded(out, tuple((path, path.stat().st_mtime_ns, path.stat().st_size) for path in files))
 
     def compare(self, name: str) -> Result:
-        """Every model of a run beside its first. Raises as :func:`flowopd_eval.compare.compare_runs`."""
+        """Every model of a run beside its first, each drawn by its own record: what differs in it is a warning.
+
+        Raises as :func:`flowopd_eval.compare.compare_runs`.
+        """
         if name not in self.names():
             raise RequestError(f"There is no run {name!r} here.")
-        return compare_runs([self.root / name])
+        return compare_runs([self.root / name], across="record")
 
     def csv(self, name: str) -> str:
         """A run's tables as ``flowopd-eval report --format csv`` writes them."""

@@ -163,7 +163,7 @@ class RunsTab:
                 for row in (one.overall, *one.tasks)
             ]
             header = ["", str(one.a["label"]), str(one.b["label"]), "Difference"]
-            parts.append(cards.table(header, rows, one.sentence))
+            parts += [cards.table(header, rows, one.sentence), cards.notice(" ".join(one.warnings))]
         notes = cards.notice(" ".join(result.notes)) if result.notes else ""
         return f'<details class="differences" open><summary>Differences</summary>{"".join(parts)}{notes}</details>'
 

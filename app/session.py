@@ -89,6 +89,12 @@ class Drawn:
     error: str = ""
 
 
+def weights(identity: Mapping[str, Any]) -> str:
+    """The hashes of what drew: the backbone's, and after a + the adapter's where there is one."""
+    hashes = (identity.get("base_sha256"), identity.get("adapter_sha256"))
+    return "+".join(str(one) for one in hashes if one)
+
+
 class Stopped(Exception):
     """Nobody wants the picture any more."""
 
@@ -116,13 +122,13 @@ class Session:
         base = resolve(f"{family}:base")
         self._backbone = Backbone(self.family.base, [base], device, dtype)
         self._backbone.load()
-        self.panel = Panel(self.family.objects)
         self._turn = threading.Lock()  # the backbone draws with one arm at a time
         self.arms: dict[str, Arm] = {}
         for name, member in self.family.members.items():
             self._add(Arm(name, resolve(f"{family}:{name}"), member.about))
         for name, lora in (loras or {}).items():
             self._add_lora(name, lora)
+        self.panel = Panel(self.family.objects)
 
     def _add_lora(self, name: str, lora: Lora) -> None:
         family = self.family.name
@@ -195,6 +201,11 @@ class Session:
             height=request.side or own.height,
             dtype=self._backbone.dtype,
         )
+
+    def weights(self, name: str) -> str:
+        """The hashes of an arm, as :func:`weights` has them of a picture."""
+        spec = self.arms[name].spec
+        return weights(ModelGenerator(self._backbone, spec, spec.record).identity())
 
     def draw(self, request: Wanted) -> Iterator[Step | Drawn]:
         """Draw and judge the request's arms, each on its own: one that fails leaves the others theirs.

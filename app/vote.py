@@ -8,7 +8,7 @@ import secrets
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from flowopd_eval.records import Interval
 from flowopd_eval.statistics import mean_interval
 
 CHOICES = {"left": (1.0, 0.0), "tie": (0.5, 0.5), "right": (0.0, 1.0)}  # points of the left and the right picture
-COLUMNS = ("cast_at", "family", "prompt", "seed", "settings", "left_model", "right_model", "choice")
+_WEIGHTS = ("left_weights", "right_weights")  # the hashes of what drew; empty in votes of before they were kept
+COLUMNS = ("cast_at", "family", "prompt", "seed", "settings", "left_model", "right_model", "choice", *_WEIGHTS)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of a formula
 _WAIT = 30.0  # seconds a writer waits for its turn
 _TABLES = """
@@ -43,9 +44,13 @@ class Reveal:
 
 @dataclass(frozen=True)
 class Standing:
-    """How often a model was preferred; a tie is half a win. ``rate`` is over votes, its interval by prompt."""
+    """How often a model was preferred; a tie is half a win. ``rate`` is over votes, its interval by prompt.
+
+    ``weights`` are the hashes of what drew under the name ``model``; empty where they were not kept.
+    """
 
     model: str
+    weights: str
     wins: int
     ties: int
     losses: int
@@ -63,6 +68,7 @@ class Ballot:
             with self._connected() as connection:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.executescript(_TABLES)
+                _add_weights(connection)
         except (OSError, sqlite3.Error) as error:
             raise RequestError(f"--votes {path}: no votes can be kept there: {error}.") from error
 
@@ -76,13 +82,14 @@ class Ballot:
         finally:
             connection.close()
 
-    def issue(self, family: str, request: Wanted) -> str:
-        """A ticket for the pair that ``request`` draws, its two arms left and right."""
+    def issue(self, family: str, request: Wanted, weights: Sequence[str]) -> str:
+        """A ticket for the pair that ``request`` drew with ``weights``, both of them left and right."""
         left, right = request.arms
         ticket = secrets.token_urlsafe(16)
         with self._connected() as connection:
             connection.execute(
-                "INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO pairs (ticket, issued_at, family, prompt, seed, settings, left_model, right_model, "
+                "left_weights, right_weights) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     ticket,
                     time.time(),
@@ -92,6 +99,7 @@ class Ballot:
                     request.model_dump_json(include={"steps", "guidance", "side"}, exclude_none=True),
                     left,
                     right,
+                    *weights,
                 ),
             )
         return ticket
@@ -121,17 +129,17 @@ class Ballot:
 
     def standings(self, family: str) -> list[Standing]:
         """Every model of a family that was voted on, the most preferred first."""
-        points: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for _, of, prompt, _, _, left, right, choice in self._rows():
+        points: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for _, of, prompt, _, _, left, right, choice, *weights in self._rows():
             if of == family:
-                for model, point in zip((left, right), CHOICES[choice], strict=True):
+                for model, point in zip(zip((left, right), weights), CHOICES[choice], strict=True):
                     points[model][prompt].append(point)
         found = []
         for model, prompts in points.items():
             each = [point for given in prompts.values() for point in given]
             rate = mean_interval(list(prompts.values()))
-            found.append(Standing(model, each.count(1.0), each.count(0.5), each.count(0.0), rate))
-        return sorted(found, key=lambda one: (-one.rate.value, one.model))
+            found.append(Standing(*model, each.count(1.0), each.count(0.5), each.count(0.0), rate))
+        return sorted(found, key=lambda one: (-one.rate.value, one.model, one.weights))
 
     def csv(self) -> str:
         """Every vote, a line each, oldest first; safe to open in a spreadsheet."""
@@ -142,3 +150,22 @@ class Ballot:
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(cast_at))
             writer.writerow([when, *(f"'{v}" if str(v).startswith(_FORMULA) else v for v in rest)])
         return text.getvalue()
+
+
+def _add_weights(connection: sqlite3.Connection) -> None:
+    """Give a file of before the hashes were kept its columns. Who opens it at the same moment waits."""
+    connection.execute("BEGIN IMMEDIATE")
+    there = [name for _, name, *_ in connection.execute("PRAGMA table_info(pairs)")]
+    for column in _WEIGHTS:
+        if column not in there:
+            connection.execute(f"ALTER TABLE pairs ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+
+
+def titles(found: Sequence[Standing]) -> list[str]:
+    """What each is called: its name, with short hashes where different models bore it."""
+    names = [one.model for one in found]
+    return [one.model if names.count(one.model) == 1 else f"{one.model} · {_short(one.weights)}" for one in found]
+
+
+def _short(weights: str) -> str:
+    return "+".join(part[:8] for part in weights.split("+")) if weights else "hash not kept"

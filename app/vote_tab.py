@@ -11,9 +11,9 @@ import gradio as gr
 
 from app import cards
 from app.examples import EXAMPLES
-from app.session import Drawn, Session, Step
+from app.session import Drawn, Session, Step, weights
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
-from app.vote import Ballot
+from app.vote import Ballot, Standing, titles
 from app.wanted import SEED, Wanted, wanted
 from flowopd_eval.errors import RequestError, WorkError
 
@@ -71,11 +71,13 @@ class Polling:
         left, right = (drawn.get(name) for name in request.arms)
         if not left or not right or left.picture is None or right.picture is None:
             raise WorkError("One of the two pictures could not be drawn. Ask for another pair.")
-        yield Pair(self.ballot.issue(self.session.family.name, request), request.prompt, request.seed, left, right)
+        drew = [weights(one.identity) for one in (left, right)]
+        ticket = self.ballot.issue(self.session.family.name, request, drew)
+        yield Pair(ticket, request.prompt, request.seed, left, right)
 
-    def standings(self) -> list[dict[str, Any]]:
-        """Every model's wins, ties, losses and rate, as plain JSON."""
-        return [asdict(one) for one in self.ballot.standings(self.session.family.name)]
+    def standings(self) -> list[Standing]:
+        """Every model's wins, ties, losses and rate."""
+        return self.ballot.standings(self.session.family.name)
 
 
 class VoteTab:
@@ -180,12 +182,13 @@ class VoteTab:
         found = self.polling.standings()
         if not found:
             return cards.empty("No votes yet", "With the first one, the win rates stand here.")
+        names = titles(found)
         rows = [
-            [one["model"], cards.interval(one["rate"]), str(one["wins"]), str(one["ties"]), str(one["losses"])]
-            for one in found
+            [name, cards.interval(asdict(one.rate)), str(one.wins), str(one.ties), str(one.losses)]
+            for name, one in zip(names, found, strict=True)
         ]
         caption = "Win rate with its 95 % interval, resampled by prompt; a tie is half a win. 0.5: as often as not."
-        bars = [(one["model"], [("win rate", one["rate"])]) for one in found]
+        bars = [(name, [("win rate", asdict(one.rate))]) for name, one in zip(names, found, strict=True)]
         return cards.table(["Model", "Win rate", "Won", "Tied", "Lost"], rows, caption) + cards.chart(bars)
 
 

@@ -110,7 +110,7 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             if repo is None or (repo.private and not self.known()):
                 return self.answer(404, b"{}", X_Error_Code="RepoNotFound")
             if name in state.gated and not self.path.startswith("/api/"):
-                return self.answer(403, b"{}", X_Error_Code="GatedRepo")
+                return self.answer(403 if "Authorization" in self.headers else 401, b"{}", X_Error_Code="GatedRepo")
             kind, _, after = rest.partition("/")
             revision, _, path = after.partition("/")
             found = repo.at(revision or "main")

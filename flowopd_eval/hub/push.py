@@ -54,7 +54,7 @@ def stage(source: str, name: str, runs: Sequence[Path], scratch: Path) -> Reposi
     elif kind == "space":
         from flowopd_eval.hub.space import space_repository
 
-        repository = space_repository(Path(source))
+        repository = sealed(space_repository(Path(source)))
     else:
         from flowopd_eval.hub.layout import adapter_repository
         from flowopd_eval.hub.subject import read_subject

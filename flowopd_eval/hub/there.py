@@ -42,9 +42,7 @@ class There:
 
 def sealed(repository: Repository) -> Repository:
     """The repository with the list of what this push writes."""
-    card = repository.files[CARD]
-    assert isinstance(card, bytes)  # written here, not the user's own
-    record = {"files": sorted(repository.files), "card_sha256": hashlib.sha256(card).hexdigest()}
+    record = {"files": sorted(repository.files), "card_sha256": _card_sha256(repository)}
     return replace(repository, files={**repository.files, PUSHED: json_bytes(record)})
 
 
@@ -109,11 +107,14 @@ def refuse(there: There, repository: Repository, name: str, *, public: bool) -> 
 
 def _known_cards(there: There, repository: Repository) -> set[str | None]:
     """Hashes of what may be overwritten: no card, an earlier push's, this one's; of a Space, whose own it is, any."""
-    if PUSHED not in repository.files:
+    if repository.kind == "space":
         return {there.card_sha256}
+    return {None, _card_sha256(repository), there.pushed.card_sha256 if there.pushed else None}
+
+
+def _card_sha256(repository: Repository) -> str:
     card = repository.files[CARD]
-    assert isinstance(card, bytes)
-    return {None, hashlib.sha256(card).hexdigest(), there.pushed.card_sha256 if there.pushed else None}
+    return hashlib.sha256(card if isinstance(card, bytes) else card.read_bytes()).hexdigest()
 
 
 @contextmanager

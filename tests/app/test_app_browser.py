@@ -1,10 +1,12 @@
-"""The page in a real Chromium, used as a person would."""
+"""The page in a real Chromium, used as a person would: everything once; what cheaper tests cover, too, is slow."""
 
 import csv
 import json
 import shutil
 import threading
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,6 +65,24 @@ def second(page, server):
     visitor.goto(server)
     visitor.wait_for_selector("#draw")
     return visitor
+
+
+def assert_evenly_spaced(page):
+    """The pictures of the gallery's full rows: the same columns, the same gaps, as much left as right."""
+    page.wait_for_function("document.querySelectorAll('#gallery button img').length == 24")
+    grid, *boxes = page.evaluate("""() => [document.querySelector('#gallery .grid-container'),
+      ...document.querySelectorAll('#gallery .grid-container button')].map(e => e.getBoundingClientRect().toJSON())""")
+    rows = [[box for box in boxes if box["top"] == top] for top in sorted({box["top"] for box in boxes})]
+    full = [row for row in rows if len(row) == len(rows[0])]
+    assert len(rows[0]) >= 4
+    assert len(full) >= 2
+    for row in full:
+        gaps = [b["left"] - a["right"] for a, b in pairwise(row)]
+        edges = [row[0]["left"] - grid["left"], grid["right"] - row[-1]["right"]]
+        assert max(gaps) - min(gaps) <= 1
+        assert abs(edges[0] - edges[1]) <= 1
+        assert min(gaps) > 0
+        assert [box["left"] for box in row] == [box["left"] for box in full[0]]
 
 
 def drawing():
@@ -161,6 +181,27 @@ def test_a_comparison_is_saved_and_its_png_restores_every_setting(page, tmp_path
     assert page.get_by_label("number input for Steps for all").input_value() == "3"
 
 
+@pytest.mark.slow
+def test_a_restored_comparison_says_which_model_is_another_here(page, tmp_path, monkeypatch, session):
+    choose(page, "base", "geneval")
+    few_steps(page, 1)
+    page.click("#draw")
+    drawn(page, 2)
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    download.value.save_as(tmp_path / "saved.png")
+    other = replace(session.arms["geneval"], spec=session.arms["ocr"].spec)
+    monkeypatch.setitem(session.arms, "geneval", other)
+    page.get_by_role("button", name="Restore a saved comparison").click()
+    page.locator("#dropped input[type=file]").set_input_files(tmp_path / "saved.png")
+    page.wait_for_selector("#status .bad")
+    assert page.inner_text("#status") == (
+        "Settings restored. Here geneval is another model than the one that drew then: its picture will be another. "
+        "Draw to see the others again."
+    )
+
+
+@pytest.mark.slow
 def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
     page.locator("#prompt textarea").fill("kept")
@@ -171,6 +212,7 @@ def test_a_foreign_png_is_a_message_and_changes_nothing(page, tmp_path):
     assert page.locator("#prompt textarea").input_value() == "kept"
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_and_no_model_are_messages(page):
     page.locator("#prompt textarea").fill("   ")
     choose(page)
@@ -212,6 +254,7 @@ def test_stop_ends_the_computation_and_keeps_what_was_drawn(page):
     assert "Stopped with 1 of 3" in page.inner_text("#status")
 
 
+@pytest.mark.slow
 def test_stop_is_heard_at_any_moment_and_drawing_can_begin_again(page):
     choose(page, "base", "student")
     few_steps(page, 60)
@@ -249,10 +292,15 @@ def test_draw_is_off_while_drawing_and_stop_while_not(page):
 @pytest.mark.parametrize(
     ("seed", "said"),
     [
-        ("-1", "Seed: expected 0 or more (got -1)."),
-        ("100000000000000000000", "Seed: expected 4294967295 or less (got 100000000000000000000)."),
         ("1.5", "Seed: expected a whole number (got 1.5)."),
-        ("", "Seed: expected a whole number."),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (
+                ("-1", "Seed: expected 0 or more (got -1)."),
+                ("100000000000000000000", "Seed: expected 4294967295 or less (got 100000000000000000000)."),
+                ("", "Seed: expected a whole number."),
+            )
+        ),
     ],
 )
 def test_a_wrong_seed_is_a_message_of_ours(page, seed, said):
@@ -263,6 +311,7 @@ def test_a_wrong_seed_is_a_message_of_ours(page, seed, said):
     assert page.locator(".toast-wrap .toast-body").count() == 0
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_not_cut_but_refused(page):
     page.locator("#prompt textarea").fill("star " * 100)
     assert len(page.locator("#prompt textarea").input_value()) == 500
@@ -291,6 +340,7 @@ def test_who_waits_sees_the_place_in_the_queue_and_can_leave_it(page, server):
     page.wait_for_function("document.querySelector('#status').innerText.startsWith('Stopped with')")
 
 
+@pytest.mark.slow
 def test_leaving_the_page_ends_the_computation(page):
     choose(page, "base", "student")
     few_steps(page, 100)
@@ -307,8 +357,9 @@ def test_examples_of_every_task_fill_the_prompt(page):
     seen = set()
     for task in ("One object", "Counting", "Position", "Sign"):
         for _ in range(2):
+            before = page.locator("#prompt textarea").input_value()
             page.get_by_role("button", name=task, exact=True).click()
-            page.wait_for_timeout(150)
+            page.wait_for_function("old => document.querySelector('#prompt textarea').value != old", arg=before)
             seen.add(page.locator("#prompt textarea").input_value())
     assert len(seen) == 8
     assert any('says "' in prompt for prompt in seen)
@@ -350,6 +401,7 @@ def test_runs_are_shown_filtered_and_opened(page):
     assert "tell them apart" in page.inner_text("#run-tables")
     assert page.locator("#run-tables .bar").count() == 6
     assert page.inner_text("#count .count") == "40 pictures · page 1 of 2"
+    assert_evenly_spaced(page)
     page.click("#on")
     page.wait_for_function("document.querySelector('#count .count').innerText == '40 pictures · page 2 of 2'")
     assert not page.locator("#on").is_enabled()
@@ -371,6 +423,7 @@ def test_runs_are_shown_filtered_and_opened(page):
     assert "generator.sampling.steps" in detail
 
 
+@pytest.mark.slow
 def test_runs_that_come_after_the_start_are_there_after_a_reload(session, browser, runs_folder, tmp_path):
     from app import ui
     from app.runs import Runs

@@ -32,6 +32,14 @@ def identity(name):
     return {"model": name, "base_sha256": "ab" * 32, "adapter_sha256": None, "sampling": sampling}
 
 
+def sheet_of(prompt):
+    """The PNG of one picture for a prompt."""
+    asked = wanted({"prompt": prompt, "seed": 9, "arms": ["base"]})
+    return write_comparison(
+        "tiny", asked, {"base": noise(1)}, {"base": identity("base")}, {"base": {}}, {"base": [("Text: 1.00", False)]}
+    )
+
+
 @pytest.fixture
 def saved(tmp_path):
     arms = {"base": noise(1), "ocr": noise(2)}
@@ -81,6 +89,20 @@ def test_the_pictures_stand_in_it_pixel_by_pixel(saved):
         assert large.shape == (320, 320, 3)
         corners = np.argwhere((sheet[:-319, :-319] == large[0, 0]).all(-1))
         assert any(np.array_equal(sheet[y : y + 320, x : x + 320], large) for y, x in corners)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "legible"),
+    [
+        ("a 狗猫 on a 🎯, größer", "a [U+72D7 U+732B] on a [U+1F3AF], größer"),
+        ("犬 and 犬", "[U+72AC] and [U+72AC]"),
+    ],
+)
+def test_what_the_font_lacks_stands_there_as_code_points_and_is_kept_as_text(prompt, legible, tmp_path):
+    (tmp_path / "saved.png").write_bytes(sheet_of(prompt))
+    seen, expected = (np.asarray(Image.open(io.BytesIO(sheet_of(one)))) for one in (prompt, legible))
+    assert np.array_equal(seen, expected)
+    assert read_comparison(tmp_path / "saved.png").settings.prompt == prompt
 
 
 @pytest.mark.parametrize(("side", "least", "wide"), [(64, 320, 320), (64, 512, 512), (100, 320, 400), (512, 320, 512)])

@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from painting import RUN
+from painting import RUN, Painter
 
 from app.runs import Runs, chosen, pictures
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError
+from flowopd_eval.harness import run_bench
 from flowopd_eval.report import load_run
 
 NAME = "deep/two"
@@ -95,6 +96,26 @@ def test_the_models_are_compared_as_the_command_compares_them(runs_folder):
     (comparison,) = Runs(runs_folder).compare(NAME).comparisons
     assert comparison.key == RUN.key
     assert comparison.a["label"] == "painter:base"
+
+
+def test_models_of_guidances_of_their_own_are_compared_and_what_differs_is_told(tmp_path):
+    gradio = pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.runs_tab import RunsTab
+
+    class Student(Painter):
+        def identity(self):
+            return {**super().identity(), "model": "painter:student"}
+
+    for painter in (Painter(16), Student(16, guidance=1.0)):
+        run_bench(RUN, painter, tmp_path / "run")
+    runs = Runs(tmp_path)
+    (comparison,) = runs.compare("run").comparisons
+    told = "Not the same: sampling.guidance: 4.5 in painter:base, 1.0 in painter:student"
+    assert told in comparison.warnings
+    with gradio.Blocks():
+        page = RunsTab(runs).open("run")[0]
+    assert "Differences" in page
+    assert told in page
 
 
 OTHERS = ["", ".", "..", "../runs", "/etc", "deep", "deep/two/..", "deep/../deep/two", "deep/two/", "deep\\two", "x\0"]

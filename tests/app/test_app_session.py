@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from app.judging import best
+from app.judging import Panel, best
+from app.picture import Saved
 from app.session import Drawn, Lora, Session, Step
 from app.wanted import wanted
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, Unavailable
 from flowopd_eval.models import FAMILIES, Backbone, resolve
 from flowopd_eval.records import Score
 
@@ -61,6 +62,33 @@ def test_provenance_says_what_decided_the_picture(session):
     assert len(one.identity["base_sha256"]) == len(one.identity["adapter_sha256"]) == 64
 
 
+def saved_of(session, pictures):
+    return Saved(
+        family="tiny",
+        settings=wanted({"prompt": CIRCLE, "seed": 5, "arms": list(pictures)}),
+        drawn={name: dict(one.identity) for name, one in pictures.items()},
+        scores={},
+        sha256="",
+    )
+
+
+def test_a_saved_comparison_is_told_apart_from_what_draws_here_now(session, monkeypatch):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.compare_tab import restorable
+
+    saved = saved_of(session, drawn(session, arms=["base", "student", "ocr"], steps=1))
+    words, arms, changed = restorable(session, saved)
+    assert (arms, changed) == (["base", "student", "ocr"], [])
+    assert "Draw to see the pictures again." in words
+    for name, other in (("student", "geneval"), ("ocr", "base")):
+        monkeypatch.setitem(session.arms, name, replace(session.arms[name], spec=session.arms[other].spec))
+    words, arms, changed = restorable(session, saved)
+    assert (arms, changed) == (["base", "student", "ocr"], ["student", "ocr"])
+    assert "Here student, ocr are other models than those that drew then" in words
+    monkeypatch.setitem(session._backbone.__dict__, "sha256", "0" * 64)
+    assert restorable(session, saved).changed == ["base", "student", "ocr"]
+
+
 def test_a_cards_provenance_has_the_seed_and_no_empty_field(session):
     from app import cards
 
@@ -100,15 +128,28 @@ def test_who_does_not_judge_says_why(session):
     assert "hf download" in absent["preference"]
 
 
-def test_looking_for_preference_fetches_nothing(session, monkeypatch):
+def test_looking_for_preference_fetches_nothing(monkeypatch):
     import socket
 
     def refuse(*given, **named):
         raise AssertionError("a request left the machine")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    session.panel._scorers.pop("preference", None)
-    assert session.panel.seats("a star")[-1].absent.startswith("unavailable")
+    assert Panel("shapes").seats("a star")[-1].absent.startswith("unavailable")
+
+
+def test_what_judges_need_is_fetched_when_the_panel_is_made_and_never_for_a_prompt(monkeypatch):
+    asked = []
+
+    def out_of_reach():
+        asked.append("detector")
+        raise Unavailable("Cannot fetch GenEval's detector.")
+
+    monkeypatch.setattr("flowopd_eval.benches._coco_detector", out_of_reach)
+    panel = Panel("coco")
+    assert asked == ["detector"]
+    assert panel.seats("a photo of two dogs")[0].absent == "unavailable: Cannot fetch GenEval's detector."
+    assert asked == ["detector"]
 
 
 def test_typographic_quotes_are_quotes(session):
@@ -127,15 +168,32 @@ def test_stopping_ends_the_drawing_thread_within_a_step(session):
     assert drawn(session, steps=1)["base"].picture is not None  # nothing stays locked
 
 
-def test_who_waits_for_a_turn_can_be_stopped_too(session):
-    with session._turn:
-        events = session.draw(wanted({"prompt": CIRCLE, "seed": 1, "arms": ["base"], "steps": 1}))
-        waiting = threading.Thread(target=lambda: list(events))
+def test_who_waits_for_a_turn_can_be_stopped_too(session, monkeypatch):
+    begun = []
+    monkeypatch.setattr(session, "_picture", lambda name, *rest: begun.append(name))
+    stop, told = threading.Event(), []
+    request = wanted({"prompt": CIRCLE, "seed": 1, "arms": ["base"], "steps": 1})
+    with session._turn:  # another's picture is being drawn
+        waiting = threading.Thread(target=session._work, args=(request, told.append, stop))
         waiting.start()
         time.sleep(0.3)
-        assert drawing_threads()
-    waiting.join()
-    assert not drawing_threads()
+        assert waiting.is_alive()
+        stop.set()
+        waiting.join(10)
+        assert not waiting.is_alive()  # though the turn is still another's
+    assert begun == []
+    assert told == [None]
+    assert not session._turn.locked()
+
+
+def test_who_was_stopped_at_the_moment_of_the_turn_leaves_it_to_others(session, monkeypatch):
+    begun = []
+    monkeypatch.setattr(session, "_picture", lambda name, *rest: begun.append(name))
+    stop = threading.Event()
+    stop.set()
+    session._work(wanted({"prompt": CIRCLE, "seed": 1, "arms": ["base"], "steps": 1}), lambda event: None, stop)
+    assert begun == []
+    assert not session._turn.locked()
 
 
 def test_one_arm_that_fails_leaves_the_others_theirs(session, monkeypatch, caplog):
@@ -184,7 +242,7 @@ def test_a_judge_that_cannot_be_loaded_takes_no_picture(session, monkeypatch, ca
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr("app.judging._check_cached", full)
-    monkeypatch.setattr(session.panel, "_scorers", {})
+    monkeypatch.setattr(session, "panel", Panel("shapes"))
     one = drawn(session, arms=["base"], steps=1)["base"]
     assert one.picture is not None
     assert one.scores["quality"].value is not None

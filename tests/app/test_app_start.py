@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,6 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
+from loopback_hub import hub
+
+from flowopd_eval.hub.space import space_repository
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
 ROOT = Path(__file__).parents[2]
@@ -18,14 +20,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def started(tmp_path):
-    """Starts the folder as a Space has it, without a network; gives its address."""
+    """Starts the app as it is pushed to a Space, without a network; gives its address."""
     running = []
 
     def start(**variables):
         folder = tmp_path / "any-name"
-        shutil.copytree(ROOT / "app", folder, ignore=shutil.ignore_patterns("__pycache__"))
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONUNBUFFERED": "1"}
-        environment |= {"GRADIO_TEMP_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT), **variables}
+        for name, content in space_repository(ROOT / "app").files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "PYTHONPATH")}
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONUNBUFFERED": "1"}
+        environment |= {"GRADIO_TEMP_DIR": str(tmp_path / "cache"), **variables}
         process = subprocess.Popen(
             [sys.executable, "space.py"], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -43,6 +48,7 @@ def started(tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_without_the_gated_model_a_space_names_the_two_steps(started):
     url, said = started(FLOW_OPD_MODEL="flow-opd", SPACE_ID="somebody/demo", HF_TOKEN="hf_abcdefghijklmnopqrstuvwxyz")
     page = httpx.get(f"{url}config").text
@@ -53,6 +59,18 @@ def test_without_the_gated_model_a_space_names_the_two_steps(started):
         assert private not in page
     assert "Traceback" not in said
     assert httpx.get(url).status_code == 200
+
+
+def test_a_gated_model_without_a_token_is_named_with_its_licence_and_how_to_log_in(started):
+    name = "stabilityai/stable-diffusion-3.5-medium"
+    with hub({name: {"model_index.json": b"{}"}}, "c" * 40, gated=[name]) as endpoint:
+        url, said = started(FLOW_OPD_MODEL="flow-opd", HF_HUB_OFFLINE="0", HF_ENDPOINT=endpoint, no_proxy="127.0.0.1")
+    page = httpx.get(f"{url}config").text
+    assert f"{name} is gated: accept its licence at https://huggingface.co/{name}" in page
+    assert "hf auth login" in page
+    assert "HF_TOKEN" in page
+    for trace in ("Traceback", "401", "GatedRepoError"):
+        assert trace not in page + said
 
 
 def test_the_front_matter_is_a_spaces(tmp_path):
@@ -73,6 +91,8 @@ def test_the_front_matter_is_a_spaces(tmp_path):
         (["--lora", "nothing"], "expected NAME=FOLDER or NAME=FOLDER@GUIDANCE"),
         (["--lora", "mine=x@much"], "expected a guidance scale from 0 to 20"),
         (["--dtype", "int8"], "--dtype int8: expected float32, bfloat16 or float16."),
+        (["--port", "99999999"], "app: --port 99999999: expected a number from 1 to 65535.\n"),
+        (["--port", "0"], "app: --port 0: expected a number from 1 to 65535.\n"),
         (["--host", "203.0.113.7"], "--host 203.0.113.7: this machine cannot listen there"),
         (["--lora", "mine=/does/not/exist"], "--lora mine=/does/not/exist"),
         (["--runs", "/does/not/exist"], "there is no such folder"),

@@ -4,10 +4,13 @@ import csv
 import io
 import multiprocessing
 import sqlite3
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-from app.vote import Ballot
+from app.session import Drawn
+from app.vote import Ballot, titles
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
 from flowopd_eval.statistics import mean_interval, wilson_interval
@@ -24,8 +27,8 @@ def ballot(tmp_path):
     return Ballot(tmp_path / "deep" / "votes.sqlite")
 
 
-def cast(ballot, choice, **pair):
-    return ballot.cast(ballot.issue(FAMILY, asked(**pair)), choice)
+def cast(ballot, choice, weights=("aa", "bb"), **pair):
+    return ballot.cast(ballot.issue(FAMILY, asked(**pair), weights), choice)
 
 
 def test_a_vote_reveals_who_drew_what(ballot):
@@ -34,7 +37,7 @@ def test_a_vote_reveals_who_drew_what(ballot):
 
 
 def test_a_pair_is_voted_on_once(ballot):
-    ticket = ballot.issue(FAMILY, asked())
+    ticket = ballot.issue(FAMILY, asked(), ("aa", "bb"))
     ballot.cast(ticket, "left")
     with pytest.raises(RequestError, match="has had its vote"):
         ballot.cast(ticket, "right")
@@ -49,7 +52,7 @@ def test_a_ticket_nobody_issued_counts_for_nothing(ballot, ticket, choice):
 
 
 def test_another_choice_is_refused_and_the_pair_stays_open(ballot):
-    ticket = ballot.issue(FAMILY, asked())
+    ticket = ballot.issue(FAMILY, asked(), ("aa", "bb"))
     with pytest.raises(RequestError, match="expected left, tie, right"):
         ballot.cast(ticket, "both")
     assert ballot.cast(ticket, "tie").choice == "tie"
@@ -85,10 +88,58 @@ def test_the_csv_is_read_back_whole_and_starts_no_formula(ballot):
     rows = [dict(zip(header, row, strict=True)) for row in (first, second)]
     assert rows[0]["prompt"] == '\'=HYPERLINK("x"),\'"'
     assert rows[1]["prompt"] == "zwei Sterne, groß"
-    assert [(row["left_model"], row["right_model"], row["choice"]) for row in rows] == [
-        ("a", "b", "left"),
-        ("a", "b", "tie"),
+    told = ("left_model", "right_model", "choice", "left_weights", "right_weights")
+    assert [tuple(row[name] for name in told) for row in rows] == [
+        ("a", "b", "left", "aa", "bb"),
+        ("a", "b", "tie", "aa", "bb"),
     ]
+
+
+MONDAY, TUESDAY = "base" * 16 + "+" + "monday" * 10, "base" * 16 + "+" + "tues" * 16
+
+
+def test_two_models_of_one_name_are_counted_apart(ballot):
+    cast(ballot, "left", ("aa", MONDAY), right="mine")
+    cast(ballot, "left", ("aa", MONDAY), right="mine", prompt="q")
+    cast(ballot, "right", ("aa", TUESDAY), right="mine")
+    found = ballot.standings(FAMILY)
+    assert [(one.model, one.weights, one.wins, one.losses) for one in found] == [
+        ("mine", TUESDAY, 1, 0),
+        ("a", "aa", 2, 1),
+        ("mine", MONDAY, 0, 2),
+    ]
+    assert titles(found) == ["mine · basebase+tuestues", "a", "mine · basebase+mondaymo"]
+
+
+OLDER = """
+CREATE TABLE pairs (
+    ticket TEXT PRIMARY KEY, issued_at REAL NOT NULL, family TEXT NOT NULL, prompt TEXT NOT NULL, seed INTEGER NOT NULL,
+    settings TEXT NOT NULL, left_model TEXT NOT NULL, right_model TEXT NOT NULL);
+CREATE TABLE votes (
+    ticket TEXT PRIMARY KEY REFERENCES pairs (ticket), cast_at REAL NOT NULL,
+    choice TEXT NOT NULL CHECK (choice IN ('left', 'tie', 'right')));
+INSERT INTO pairs VALUES ('voted', 1.0, 'tiny', 'a star', 1, '{}', 'mine', 'b');
+INSERT INTO pairs VALUES ('open', 2.0, 'tiny', 'a star', 1, '{}', 'mine', 'b');
+INSERT INTO votes VALUES ('voted', 3.0, 'left');
+"""
+
+
+def test_a_file_of_before_the_hashes_were_kept_goes_on(tmp_path):
+    with sqlite3.connect(tmp_path / "older.sqlite") as older:
+        older.executescript(OLDER)
+    for _ in range(2):
+        ballot = Ballot(tmp_path / "older.sqlite")
+    assert ballot.cast("open", "left").left == "mine"
+    cast(ballot, "right", (MONDAY, "bb"), left="mine", prompt="q")
+    found = ballot.standings(FAMILY)
+    assert {name: (one.wins, one.losses) for name, one in zip(titles(found), found, strict=True)} == {
+        "mine · hash not kept": (2, 0),
+        "mine · basebase+mondaymo": (0, 1),
+        "b · hash not kept": (0, 2),
+        "b · bb": (1, 0),
+    }
+    rows = list(csv.DictReader(io.StringIO(ballot.csv())))
+    assert [(row["left_weights"], row["right_weights"]) for row in rows] == [("", ""), ("", ""), (MONDAY, "bb")]
 
 
 def test_the_file_outlives_the_process_and_is_in_wal_mode(ballot):
@@ -125,3 +176,42 @@ def test_a_place_where_no_file_can_be_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RequestError, match="no votes can be kept there"):
         Ballot(tmp_path / "file" / "votes.sqlite")
+
+
+class Painted:
+    """A session whose models draw in its own order, whatever the order in which they are asked."""
+
+    def __init__(self, names):
+        self.ready = [SimpleNamespace(name=name) for name in names]
+        self.family = SimpleNamespace(name=FAMILY, objects="shapes")
+
+    def draw(self, request):
+        for arm in self.ready:
+            if arm.name in request.arms:
+                yield Drawn(arm.name, Image.new("RGB", (8, 8)), identity={"base_sha256": f"of {arm.name}"})
+
+
+def test_either_model_comes_to_stand_left(ballot):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.vote_tab import Pair, Polling
+
+    polling = Polling(Painted(["a", "b"]), ballot)
+    sides = set()
+    for _ in range(64):  # that one never stands left by chance: 2 ** -63
+        (pair,) = [event for event in polling.pair(polling.request("a star", 1)) if isinstance(event, Pair)]
+        reveal = ballot.cast(pair.ticket, "tie")
+        assert (pair.left.arm, pair.right.arm) == (reveal.left, reveal.right)
+        sides.add((pair.left.arm, pair.right.arm))
+    assert sides == {("a", "b"), ("b", "a")}
+    row = next(csv.DictReader(io.StringIO(ballot.csv())))
+    assert row["left_weights"] == f"of {row['left_model']}"
+
+
+def test_every_two_models_meet(ballot):
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'flowopd-eval[app]'")
+    from app.vote_tab import Polling
+
+    polling = Polling(Painted(["a", "b", "c"]), ballot)
+    assert (
+        len({polling.request("a star", 1).arms for _ in range(256)}) == 6
+    )  # one is missing by chance: 6 * (5/6) ** 256

@@ -1,11 +1,16 @@
-"""The app's folder as a Space: front matter decides, an allow-list, requirements that name the package."""
+"""The app's folder as a Space: front matter decides, an allow-list, and the package so that it is found there."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.hub.push import kind_of
@@ -33,23 +38,45 @@ def app(tmp_path):
     return folder
 
 
-def test_the_folder_is_published_as_it_is_named(machine, hub, app):
+def test_the_folder_is_published_as_it_is_named_with_the_package(machine, hub, app):
     answer = machine("push", app, "me/demo")
     assert answer.code == 0, answer.err
     repo = hub.repositories["spaces/me/demo"]
     assert (repo.private, repo.sdk) == (True, "gradio")
-    ours = {name: content for name, content in repo.files.items() if name != ".gitattributes"}
+    ours = {name: content for name, content in repo.files.items() if not name.startswith((".git", "app/flowopd_eval"))}
     code = ["app/__main__.py", "app/pages/__init__.py", "app/pages/one.py", "app/style.css"]
-    assert sorted(ours) == sorted(["README.md", "requirements.txt", "packages.txt", "app/assets/icons/a.svg", *code])
+    tops = ["README.md", "packages.txt", "pushed.json", "requirements.txt"]
+    assert sorted(ours) == sorted([*tops, "app/assets/icons/a.svg", *code])
     assert b"secret" not in b"".join(ours.values())
-    assert ours["requirements.txt"].decode() == f"flowopd-eval=={version('flowopd-eval')}\n"
     assert ours["app/pages/one.py"] == b"# pages/one.py"
+    assert "app/flowopd_eval/cli.py" in repo.files
+
+
+def test_what_an_earlier_version_of_the_package_had_is_removed_and_ones_own_is_not(machine, hub, app):
+    assert machine("push", app, "me/demo").code == 0
+    repo, stale = hub.repositories["spaces/me/demo"], "app/flowopd_eval/of_an_earlier_version.py"
+    pushed = json.loads(repo.files["pushed.json"])
+    pushed["files"].append(stale)
+    before = {
+        **repo.files,
+        stale: b"",
+        "app/theirs.py": b"",
+        "README.md": b"mine",
+        "pushed.json": json.dumps(pushed).encode(),
+    }
+    repo.revisions[repo.head] = before
+    answer = machine("push", app, "me/demo")
+    assert answer.code == 0, answer.err
+    assert stale not in repo.files
+    assert "app/theirs.py" in repo.files
+    assert repo.files["README.md"] == (app / "README.md").read_bytes()  # a Space's card is the folder's own
 
 
 def test_the_toolkits_own_app_is_whole():
     folder = Path(__file__).parents[2] / "app"
     code = {path.name for path in folder.glob("*.py")}
-    assert space_repository(folder).files.keys() == {*code, "style.css", "README.md", "requirements.txt"}
+    files = {name for name in space_repository(folder).files if not name.startswith("flowopd_eval")}
+    assert files == {*code, "style.css", "README.md", "requirements.txt"}
 
 
 def test_an_app_file_of_its_own_lies_on_top(app):
@@ -57,16 +84,51 @@ def test_an_app_file_of_its_own_lies_on_top(app):
     assert "pages/one.py" in space_repository(app).files
 
 
-@pytest.mark.parametrize("line", ["flowopd-eval[ocr]>=0.1", "flowopd_eval @ https://example.org/x.whl"])
-def test_requirements_that_name_the_package_stay_as_they_are(app, line):
+@pytest.mark.parametrize("line", ["flowopd-eval[ocr] @ git+https://example.org/x", "flowopd_eval@https://x.org/x.whl"])
+def test_requirements_that_say_where_the_package_is_stay_as_they_are(app, line):
     (app / "requirements.txt").write_text(f"plotly\n{line}\n")
-    assert space_repository(app).files["requirements.txt"].decode() == f"plotly\n{line}\n"
+    files = space_repository(app).files
+    assert files["requirements.txt"] == app.resolve() / "requirements.txt"
+    assert not [name for name in files if "flowopd_eval" in name]
 
 
-def test_requirements_without_it_get_a_line(app):
-    (app / "requirements.txt").write_text("flowopd-eval-extras\n")
-    lines = space_repository(app).files["requirements.txt"].decode().splitlines()
-    assert lines == ["flowopd-eval-extras", f"flowopd-eval=={version('flowopd-eval')}"]
+@pytest.mark.parametrize(("own", "extra"), [("flowopd-eval[ocr]>=0.1", True), ("flowopd-eval", False), ("", False)])
+def test_otherwise_requirements_name_what_the_package_needs(app, own, extra):
+    (app / "requirements.txt").write_text(f"plotly\nflowopd-eval-extras\n{own}\n".strip())
+    lines = bytes(space_repository(app).files["requirements.txt"]).decode().splitlines()
+    assert lines[:2] == ["plotly", "flowopd-eval-extras"]
+    needed = [Requirement(line) for line in lines[2:]]
+    assert {"torch", "diffusers", "typer"} <= {one.name for one in needed}
+    assert ("rapidocr" in {one.name for one in needed}) == extra
+    assert "pytest" not in {one.name for one in needed}
+    for one in needed:
+        assert one.name != "flowopd-eval"
+        assert version(one.name) in one.specifier
+
+
+LOOK = """
+import json, importlib.metadata, flowopd_eval
+from flowopd_eval.models import FAMILIES, fetch_base
+found = importlib.metadata.distribution("flowopd-eval")
+print(json.dumps([flowopd_eval.__file__, str(fetch_base("builtin:tiny")), str(found.locate_file("")), found.version]))
+"""
+
+
+def test_the_package_that_goes_along_is_whole_and_found_first(tmp_path):
+    root = Path(__file__).parents[2]
+    files = space_repository(root / "app").files
+    there = {path for path in (root / "flowopd_eval").rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert {root / name for name in files if name.startswith("flowopd_eval/")} == there
+    assert {"flowopd_eval.dist-info/METADATA", "flowopd_eval.dist-info/licenses/LICENSE"} < set(files)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    (tmp_path / "look.py").write_text(LOOK)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    said = subprocess.run([sys.executable, "look.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    *places, found = json.loads(said.stdout)
+    assert [Path(place).is_relative_to(tmp_path) for place in places] == [True] * 3
+    assert found == version("flowopd-eval")
 
 
 def test_an_app_that_is_not_there_is_refused(app):
