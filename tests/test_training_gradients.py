@@ -197,8 +197,8 @@ def test_policy_gradient_is_the_direct_term_and_the_score_function_times_what_ea
 
 GRPO_VARIANTS = {
     "clip": {"clip": 3e-4},
-    "dppo": {"trust": "dppo", "tau": 5e-5},
-    "shared noise": {"clip": 3e-4, "shared_noise": True},
+    "dppo": {"trust": "dppo", "tau": 1.5e-4},
+    "shared noise": {"clip": 3e-4, "shared_noise": True, "micro_batch": 6},
 }
 
 
@@ -206,11 +206,10 @@ GRPO_VARIANTS = {
 def test_grpo_makes_likelier_what_scores_above_its_group_within_its_trust_and_is_held_to_the_base(kind, tiny, tmp_path):
     """Flow-GRPO-Fast; the second update is made by a student that has moved away from the one that drew."""
     (task, _) = tiny.values("grpo", tmp_path)["tasks"]
-    variant = GRPO_VARIANTS[kind]
     changes = {"tasks": [task | {"rewards": {tiny.reward("Blinking"): 1.0}}], "start": tiny.teacher("anchor")}
     changes |= {"rollout": {"steps": 4, "window": 2, "window_range": [1, 4], "guidance": 2.0}, "beta": 0.3}
     changes |= {"group_size": 3, "batch_size": 12, "micro_batch": 3, "updates": 2}
-    stage = tiny.stage(GRPO, "grpo", tmp_path, **changes, **variant)
+    stage = tiny.stage(GRPO, "grpo", tmp_path, **changes | GRPO_VARIANTS[kind])
     plain, sigmas, samples = Plain(tiny, stage.policies), shifted_sigmas(4, 3.0), stage.mixture.samples(0)
 
     def window(step):  # one for the whole batch
@@ -240,7 +239,7 @@ def test_grpo_makes_likelier_what_scores_above_its_group_within_its_trust_and_is
                 mean, base, std = student(n, i)
                 after, a = paths[n][i + 1], float(advantage[n])
                 ratio = (log_prob(after, mean, std) - log_prob(after, old[n, i], std)).exp()
-                gone = divergence(mean, old[n, i], std) >= 5e-5 if kind == "dppo" else abs(ratio - 1) > 3e-4
+                gone = divergence(mean, old[n, i], std) >= 1.5e-4 if kind == "dppo" else abs(ratio - 1) > 3e-4
                 stop = bool(gone and (ratio - 1) * a > 0)
                 loss = 0.3 * divergence(mean, base, std) - (0 if stop else a * ratio)
                 (loss / 2 / 6).backward()

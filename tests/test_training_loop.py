@@ -1,4 +1,4 @@
-"""Training a tiny student: whose gradients, what moves and what must not, resuming, several processes, alarms."""
+"""Training a tiny student: what moves and what must not, resuming, several processes, alarms."""
 
 import json
 import math
@@ -184,26 +184,26 @@ class Given:
 
     def updates(self, step):
         for update in range(2):
-            for parameter, given in zip(self.parameters, self.gradients(step, update), strict=True):
-                parameter.grad = given
+            pairs = zip(self.parameters, self.gradients(step, update), strict=True)
+            sum((parameter * given).sum() for parameter, given in pairs).backward()
             yield Means()
 
 
 def test_the_weights_are_adamw_s_on_clipped_gradients_and_the_average_is_theirs_every_other_step(tiny, tmp_path):
-    """The n-th update of the average keeps (1 + n) / (10 + n), at most its decay; the first takes the weights.
+    """The average's first update takes the weights, the n-th after it keeps (1 + n) / (10 + n), at most the decay.
 
     Steps since the last update are part of what is exported, as an update then would have taken them in.
     """
     optimizer = {"learning_rate": 0.02, "betas": [0.5, 0.8], "weight_decay": 2.0, "eps": 1e-3, "warmup_steps": 2}
-    optimizer |= {"max_grad_norm": 0.3, "ema": 0.2, "ema_every": 2}
-    made, steps = [], 7
+    optimizer |= {"max_grad_norm": 0.3, "ema": 0.22, "ema_every": 2}
+    made, steps = [], 5
     changes = {"make": lambda *a: made.append(Given(*a)) or made[0], "snapshot_every": steps, "optimizer": optimizer}
     adapter = run(tiny, "direct", tmp_path, steps=steps, **changes)
     (stage,) = made
     norms = []
     weights = [start.clone().requires_grad_() for start in stage.start]
     plain = torch.optim.AdamW(weights, lr=0.02, betas=(0.5, 0.8), weight_decay=2.0, eps=1e-3)
-    decays, average = [0.0, 2 / 11, 0.2, 0.2], [torch.zeros(())] * len(weights)
+    decays, average = [0.0, 2 / 11, 0.22], [torch.zeros(())] * len(weights)
     for step in range(steps):
         for update in range(2):
             given = stage.gradients(step, update)
@@ -509,30 +509,6 @@ def test_nft_is_pulled_towards_the_base_as_strongly_as_asked(tiny, tmp_path):
     weak, strong = distance(1e-9), distance(1e3)
     assert strong[-1] < 0.5 * strong[0]
     assert weak[-1] > 2 * strong[-1]
-
-
-def test_rows_of_different_noise_levels_are_guided_each_at_its_own(tiny, tmp_path):
-    policies = Policies(tiny.recipe("nft", tmp_path, start=tiny.teacher("one")), CPU)
-    policies.prepare_text(["a red star", "two circles"])
-    conditions, sigma = policies.conditions(["a red star", "two circles"]), torch.tensor([0.9, 0.2])
-    x = torch.randn(2, *policies.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        together = policies.student(x, sigma, conditions, 3.0)
-        for row in range(2):
-            alone = policies.student(x[[row]], sigma[row], conditions[[row]], 3.0)
-            torch.testing.assert_close(together[[row]], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_each_update_of_nft_has_noise_of_its_own(tiny, tmp_path):
-    stage = tiny.stage(NFT, "nft", tmp_path, updates=3)
-    asked, noise = [], stage._noise
-    stage._noise = lambda step, update, batch: asked.append(noise(step, update, batch)) or asked[-1]
-    assert len(list(stage.updates(0))) == 3
-    levels = [tuple(states.sigma.tolist()) for states in asked]
-    assert len(set(levels)) == len(levels) >= 3
-    for states in asked:  # x = (1 - sigma) x_0 + sigma eps, and the velocity eps - x_0 that goes with it
-        sigma = states.sigma[:, None, None, None]
-        assert (states.x - sigma * states.target).std() > 0.1  # the clean picture
 
 
 def test_noise_stops_the_run_and_pictures_do_not(tmp_path):
