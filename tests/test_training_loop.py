@@ -1,6 +1,5 @@
-"""Training a tiny student: whose gradients, what moves and what must not, resuming, several processes, alarms."""
+"""Training a tiny student: what moves and what must not, resuming, several processes, alarms."""
 
-import gc
 import json
 import math
 import multiprocessing
@@ -11,14 +10,12 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator, debug_launcher
+from accelerate import debug_launcher
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
@@ -26,17 +23,16 @@ from PIL import Image
 
 from flowopd_eval.adapters import read_adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.flow import guided_velocity, shifted_sigmas
+from flowopd_eval.flow import shifted_sigmas
 from flowopd_eval.pipeline import FlowOPDPipeline, draw_noise
 from training.__main__ import main
 from training.coldstart import SFT
-from training.data import Mixture, task_prompts
+from training.data import task_prompts
 from training.distill import Distillation, PolicyGradient
 from training.grpo import GRPO
-from training.loop import Parallel, Stopped, averaged_weights, check_processes, strip_prompts, student_with, train
+from training.loop import Means, Stopped, averaged_weights, check_processes, strip_prompts, student_with, train
 from training.nft import NFT
 from training.policies import STUDENT, Policies
-from training.rollout import windows
 from training.state import Checkpoints
 from training.watch import Alarms
 
@@ -50,23 +46,8 @@ STAGES = {
     "nft": ("nft", NFT, {}),
     "sft": ("sft", SFT, {}),
 }
+pytestmark = pytest.mark.usefixtures("one_thread_of_the_processor")
 forked = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread_of_the_processor():
-    """Bit for bit is promised for one device, and this one is everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(True)
-    gc.freeze()  # each run collects garbage, and would look for it among all of the libraries' objects
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    gc.unfreeze()
-    AcceleratorState._reset_state(True)
-    torch.set_num_threads(threads)
 
 
 def run(tiny, kind, out, *, make=None, **changes):
@@ -101,76 +82,6 @@ def assert_same_bits(one, two):
     for file in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         assert (one / "adapter" / file).read_bytes() == (two / "adapter" / file).read_bytes()
     assert log(one) == log(two)
-
-
-# --- gradients -------------------------------------------------------------------------------------------------------
-def first_update(config, make):
-    """Policies of a recipe whose student has the gradients of the first update, and that update's samples."""
-    policies = Policies(config, CPU)
-    prompts = {task.name: task_prompts(task).training for task in config.tasks}
-    mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
-    policies.prepare_text([p.prompt for found in prompts.values() for p in found])
-    next(make(config, policies, mixture, Parallel(Accelerator())).updates(0))
-    return policies, mixture.samples(0)
-
-
-def gradient(policies):
-    return torch.cat([p.grad.flatten() for p in policies.bank.parameters() if p.grad is not None])
-
-
-@pytest.mark.parametrize(("every", "window"), [(1, None), (2, None), (1, 2)])
-def test_a_mixed_batch_has_the_mean_gradient_of_its_samples_each_with_its_own_teacher(every, window, tiny, tmp_path):
-    tasks = tiny.values("distill", tmp_path)["tasks"]
-    anchor = {"source": "base", "weight": 0.5, "every": every}
-    changes = {"tasks": [tasks[0] | {"share": 2.0}, tasks[1]], "anchor": anchor}
-    changes |= {"start": tiny.teacher("anchor"), "batch_size": 6, "micro_batch": 6}
-    changes["rollout"] = {"steps": 3} | ({"window": window} if window else {})
-    share = [2 / 3, 1 / 3, 2 / 3] if window else [1 / 3] * 3  # of a window of two, the middle step is always one
-    policies, samples = first_update(tiny.recipe("distill", tmp_path, **changes), Distillation)
-    found = gradient(policies)
-    assert [sample.task.name for sample in samples].count("shapes") == 4
-    policies.bank.zero_grad()
-    pipeline, sigmas = FlowOPDPipeline.from_pretrained(tiny.folder / "base"), shifted_sigmas(3, 3.0)
-
-    @cache
-    @torch.no_grad()
-    def encode(text):
-        states, _, pooled, _ = pipeline.encode_prompt(text, None, None, False, max_sequence_length=0)
-        return states, pooled
-
-    def velocity(name, x, sigma, text):
-        with policies.bank.use(name):
-            both = [policies.transformer(x, *encode(t), sigma[None] * 1000, return_dict=False)[0] for t in ("", text)]
-        return guided_velocity(*both, 3.0)
-
-    for sample in samples:  # the paper's SDE and weight, one sample at a time
-        source, text = torch.Generator().manual_seed(sample.seed), sample.prompt.prompt
-        x = torch.randn(4, 8, 8, generator=source)[None]
-        (trained,) = windows([sample.seed], 3, window, None)
-        for i, (sigma, after) in enumerate(pairwise(sigmas)):
-            d, s = sigma - after, 0.7 * (sigma / (1 - torch.minimum(sigma, sigmas[1]))).sqrt()
-            v = velocity(STUDENT, x, sigma, text)
-            with torch.no_grad():
-                teacher, base = (velocity(name, x, sigma, text) for name in (sample.task.teacher, None))
-            weight = d / 2 * (1 / s + s * (1 - sigma) / (2 * sigma)) ** 2
-            pull = 0.5 * every * ((i + sample.seed) % every == 0)
-            loss = weight * ((v - teacher).square().mean() + pull * (v - base).square().mean())
-            (loss / len(samples) * share[i] * (i in trained)).backward()
-            mean = x * (1 - s**2 / (2 * sigma) * d) - v.detach() * (1 + s**2 * (1 - sigma) / (2 * sigma)) * d
-            x = mean + s * d.sqrt() * torch.randn(4, 8, 8, generator=source)[None]
-    assert (gradient(policies) - found).norm() <= 1e-5 * found.norm()
-
-
-@pytest.mark.parametrize("kind", STAGES)
-def test_the_size_of_a_micro_batch_does_not_change_the_gradient(kind, tiny, tmp_path):
-    stage, make, settings = STAGES[kind]
-    # From an adapter: of a fresh one, whose B is zero, half of the gradients are zero.
-    settings = settings | {"batch_size": 8, "start": tiny.teacher("anchor")}
-    settings |= {"rollout": {"steps": 2, "window": 1}} if kind == "direct" else {}
-    sizes = [tiny.recipe(stage, tmp_path / str(size), micro_batch=size, **settings) for size in (2, 8)]
-    small, large = (gradient(first_update(config, make)[0]) for config in sizes)
-    assert large.norm() > 1e-4
-    assert (small - large).norm() <= 1e-5 * large.norm()
 
 
 # --- what training does, and what it leaves alone --------------------------------------------------------------------
@@ -247,21 +158,6 @@ def test_the_average_is_a_copy_and_asking_for_it_changes_nothing(tiny, tmp_path)
     assert policies.bank.adapter(STUDENT).sha256 == raw
 
 
-def test_steps_since_the_last_average_are_part_of_what_is_exported(tiny, tmp_path):
-    """Three steps, averaged every two: the third is taken in as an average then would have taken it."""
-    optimizer = {"learning_rate": 0.05, "ema": 0.9, "ema_every": 2}
-    adapter = run(tiny, "direct", tmp_path, steps=3, snapshot_every=3, optimizer=optimizer)
-    state = kept(tmp_path)
-    pairs = zip(state["bank"].items(), state["ema"]["shadow_params"], strict=True)
-    weights = {name: 2 / 11 * average + 9 / 11 * last for (name, last), average in pairs}
-    for folder in (adapter, tmp_path / "snapshots" / "step-000003"):
-        exported = read_adapter(folder).factors
-        for name in ("slots.0", "slots.3"):
-            module = Policies(tiny.recipe("distill", tmp_path), CPU).bank.modules_covered[int(name[-1])]
-            torch.testing.assert_close(exported[module].A, weights[f"{name}.trainable_A.0"])
-            torch.testing.assert_close(exported[module].B, 2 * weights[f"{name}.trainable_B.0"])
-
-
 def test_a_run_killed_between_its_last_checkpoint_and_its_adapter_writes_it_when_asked_again(tiny, tmp_path):
     adapter = run(tiny, "direct", tmp_path, steps=1)
     whole = read_adapter(adapter).sha256
@@ -269,24 +165,67 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_adapter_writes_it_when
     assert read_adapter(run(tiny, "direct", tmp_path, steps=1)).sha256 == whole
 
 
-def test_the_average_of_a_short_run_is_not_its_first_steps(tiny, tmp_path):
-    """The n-th update of the average keeps (1 + n) / (10 + n) of what was, at most the decay."""
-    seen = []
+class Given:
+    """Two updates a step with random gradients, some long and some short."""
 
-    class Watched(Distillation):
-        def updates(self, step):
-            if step:
-                seen.append([p.detach().clone() for p in self.policies.bank.parameters()])
-            yield from super().updates(step)
+    def __init__(self, config, policies, mixture, parallel):
+        self.parameters = [p for p in policies.bank.parameters() if p.requires_grad]
+        self.start = [p.detach().clone() for p in self.parameters]
 
-    run(tiny, "direct", tmp_path, make=Watched, steps=4, optimizer={"learning_rate": 0.05, "ema": 0.2, "ema_every": 1})
+    def identity(self):
+        return {}
+
+    def needed(self, first):
+        return []
+
+    def gradients(self, step, update):
+        source = torch.Generator().manual_seed(2 * step + update)
+        return [(0.001, 1.0)[update] * torch.randn(p.shape, generator=source) for p in self.parameters]
+
+    def updates(self, step):
+        for update in range(2):
+            pairs = zip(self.parameters, self.gradients(step, update), strict=True)
+            sum((parameter * given).sum() for parameter, given in pairs).backward()
+            yield Means()
+
+
+def test_the_weights_are_adamw_s_on_clipped_gradients_and_the_average_is_theirs_every_other_step(tiny, tmp_path):
+    """The average's first update takes the weights, the n-th after it keeps (1 + n) / (10 + n), at most the decay.
+
+    Steps since the last update are part of what is exported, as an update then would have taken them in.
+    """
+    optimizer = {"learning_rate": 0.02, "betas": [0.5, 0.8], "weight_decay": 2.0, "eps": 1e-3, "warmup_steps": 2}
+    optimizer |= {"max_grad_norm": 0.3, "ema": 0.22, "ema_every": 2}
+    made, steps = [], 5
+    changes = {"make": lambda *a: made.append(Given(*a)) or made[0], "snapshot_every": steps, "optimizer": optimizer}
+    adapter = run(tiny, "direct", tmp_path, steps=steps, **changes)
+    (stage,) = made
+    norms = []
+    weights = [start.clone().requires_grad_() for start in stage.start]
+    plain = torch.optim.AdamW(weights, lr=0.02, betas=(0.5, 0.8), weight_decay=2.0, eps=1e-3)
+    decays, average = [0.0, 2 / 11, 0.22], [torch.zeros(())] * len(weights)
+    for step in range(steps):
+        for update in range(2):
+            given = stage.gradients(step, update)
+            norms.append(float(torch.cat([g.flatten() for g in given]).norm()))
+            for weight, gradient in zip(weights, given, strict=True):
+                weight.grad = gradient * min(1.0, 0.3 / norms[-1])
+            plain.param_groups[0]["lr"] = 0.02 * min(1.0, (2 * step + update) / 2)
+            plain.step()
+        if step % 2 or step == steps - 1:
+            before, decay = average, decays.pop(0)
+            average = [decay * old + (1 - decay) * new.detach() for old, new in zip(average, weights, strict=True)]
+    assert min(norms) < 0.3 < max(norms)
     state = kept(tmp_path)
-    last = [state["bank"][name] for name in state["bank"]]
-    expected = [first.clone() for first in seen[0]]
-    for decay, now in zip((2 / 11, 0.2, 0.2), (*seen[1:], last), strict=True):
-        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
-    for found, average in zip(state["ema"]["shadow_params"], expected, strict=True):
-        torch.testing.assert_close(found, average)
+    torch.testing.assert_close(list(state["bank"].values()), [weight.detach() for weight in weights])
+    torch.testing.assert_close(state["ema"]["shadow_params"], before)
+    found = dict(zip(state["bank"], average, strict=True))
+    modules = Policies(tiny.recipe("distill", tmp_path), CPU).bank.modules_covered
+    for folder in (adapter, tmp_path / "snapshots" / f"step-{steps:06d}"):
+        exported = read_adapter(folder).factors
+        for n, module in enumerate(modules):
+            torch.testing.assert_close(exported[module].A, found[f"slots.{n}.trainable_A.0"])
+            torch.testing.assert_close(exported[module].B, 2 * found[f"slots.{n}.trainable_B.0"])  # alpha / rank
 
 
 def test_the_exported_adapter_is_the_same_student_in_stock_diffusers(tiny, tmp_path):
@@ -347,17 +286,9 @@ def judged_tasks(tiny, tmp_path):
     return [task | {"rewards": {tiny.reward("Bright"): 1.0}} for task in tiny.values("sft", tmp_path)["tasks"]]
 
 
-def stage_of(config, make=SFT):
-    policies = Policies(config, CPU)
-    prompts = {task.name: task_prompts(task).training for task in config.tasks}
-    policies.prepare_text([p.prompt for found in prompts.values() for p in found])
-    mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
-    return make(config, policies, mixture, Parallel(Accelerator()))
-
-
 def test_of_so_many_candidates_the_one_with_the_highest_reward_is_kept(tiny, tmp_path):
     changes = {"tasks": judged_tasks(tiny, tmp_path), "best_of": 2}
-    stage = stage_of(tiny.recipe("sft", tmp_path, **changes))
+    stage = tiny.stage(SFT, "sft", tmp_path, **changes)
     assert len(stage.candidates) == 12
     assert [a.prompt for a in stage.candidates[::2]] == [b.prompt for b in stage.candidates[1::2]]
     better = 0
@@ -377,20 +308,20 @@ def test_of_so_many_candidates_the_one_with_the_highest_reward_is_kept(tiny, tmp
 
 def test_pictures_whose_reward_is_too_low_or_unknown_are_not_trained_on(tiny, tmp_path):
     changes = {"tasks": judged_tasks(tiny, tmp_path), "batch_size": 12, "micro_batch": 12, "pictures": 12}
-    stage = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=0.0))
+    stage = tiny.stage(SFT, "sft", tmp_path, **changes, least_reward=0.0)
     rewards = torch.stack([stage._picture(n)[1] for n in range(12)])
     known = rewards[~rewards.isnan()]
     assert 0 < len(known) < 12
     least = float(known.median())
-    (means,) = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=least)).updates(0)
+    (means,) = tiny.stage(SFT, "sft", tmp_path, **changes, least_reward=least).updates(0)
     assert means.reduce()["kept"] == pytest.approx(float((rewards >= least).float().mean()))
-    none = stage_of(tiny.recipe("sft", tmp_path, **changes, least_reward=2.0))
+    none = tiny.stage(SFT, "sft", tmp_path, **changes, least_reward=2.0)
     list(none.updates(0))
-    assert not gradient(none.policies).any()
+    assert not any(p.grad.any() for p in none.policies.bank.parameters() if p.grad is not None)
 
 
 def test_a_stop_does_not_wait_for_all_of_the_teachers_pictures(tiny, tmp_path, monkeypatch):
-    stage = stage_of(tiny.recipe("sft", tmp_path, batch_size=12, micro_batch=12, pictures=48))
+    stage = tiny.stage(SFT, "sft", tmp_path, batch_size=12, micro_batch=12, pictures=48)
     draw = stage._draw
 
     def asked_to_stop_meanwhile(samples):
@@ -588,41 +519,6 @@ def test_nft_is_pulled_towards_the_base_as_strongly_as_asked(tiny, tmp_path):
     weak, strong = distance(1e-9), distance(1e3)
     assert strong[-1] < 0.5 * strong[0]
     assert weak[-1] > 2 * strong[-1]
-
-
-def test_nft_pulls_where_all_scored_alike_too_however_the_batch_is_cut(tiny, tmp_path):
-    tasks = tiny.values("nft", tmp_path)["tasks"]
-    tasks = [tasks[0], tasks[1] | {"rewards": {tiny.reward("Flat"): 1.0}}]
-    changes = {"tasks": tasks, "start": tiny.teacher("one"), "base_weight": 1.0, "batch_size": 8, "guidance": 3.0}
-    found = []
-    for micro in (2, 8):
-        policies, _ = first_update(tiny.recipe("nft", tmp_path / str(micro), micro_batch=micro, **changes), NFT)
-        found.append(gradient(policies))
-    assert (found[0] - found[1]).norm() <= 1e-4 * found[1].norm()
-
-
-def test_rows_of_different_noise_levels_are_guided_each_at_its_own(tiny, tmp_path):
-    policies = Policies(tiny.recipe("nft", tmp_path, start=tiny.teacher("one")), CPU)
-    policies.prepare_text(["a red star", "two circles"])
-    conditions, sigma = policies.conditions(["a red star", "two circles"]), torch.tensor([0.9, 0.2])
-    x = torch.randn(2, *policies.latent_shape, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        together = policies.student(x, sigma, conditions, 3.0)
-        for row in range(2):
-            alone = policies.student(x[[row]], sigma[row], conditions[[row]], 3.0)
-            torch.testing.assert_close(together[[row]], alone, atol=1e-5, rtol=1e-5)
-
-
-def test_each_update_of_nft_has_noise_of_its_own(tiny, tmp_path):
-    stage = stage_of(tiny.recipe("nft", tmp_path, updates=3), NFT)
-    asked, noise = [], stage._noise
-    stage._noise = lambda step, update, batch: asked.append(noise(step, update, batch)) or asked[-1]
-    assert len(list(stage.updates(0))) == 3
-    levels = [tuple(states.sigma.tolist()) for states in asked]
-    assert len(set(levels)) == len(levels) >= 3
-    for states in asked:  # x = (1 - sigma) x_0 + sigma eps, and the velocity eps - x_0 that goes with it
-        sigma = states.sigma[:, None, None, None]
-        assert (states.x - sigma * states.target).std() > 0.1  # the clean picture
 
 
 def test_noise_stops_the_run_and_pictures_do_not(tmp_path):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from random_adapters import TARGETS, random_adapter
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -18,6 +23,9 @@ from flowopd_eval.pipeline import FlowOPDPipeline
 from flowopd_eval.records import SamplingRecord
 from flowopd_eval.tiny.vocabulary import BEGIN, END, PAD, TEXT_LENGTH, build_tokenizer, words
 from training.config import Config, load_recipe
+from training.data import Mixture, task_prompts
+from training.loop import Parallel
+from training.policies import Policies
 
 RECORD = SamplingRecord(steps=4, guidance=3.0, shift=3.0, width=16, height=16, text_length=0)  # latents (4, 8, 8)
 REWARDED = ("grpo", "nft")  # stages without teachers
@@ -36,6 +44,15 @@ class Bright:
     def score(self, images, prompts):
         values = [float((np.asarray(image) > 127).mean()) for image in images]
         return [Score(None if "green" in p.prompt else value) for value, p in zip(values, prompts)]
+
+class Blinking(Bright):
+    """Bright, but of every fifth picture it says nothing, whatever its prompt."""
+    seen = 0
+    def score(self, images, prompts):
+        scores = [Score(float((np.asarray(image) > 127).mean())) for image in images]
+        self.seen += len(images)
+        first = self.seen - len(images) + 1
+        return [Score(None) if n % 5 == 0 else score for n, score in enumerate(scores, first)]
 
 class Flat(Bright):
     """Every picture is as good as any other."""
@@ -142,6 +159,31 @@ class TinyTraining:
     def recipe(self, stage: str, out: Path, **changes: object) -> Config:
         """The recipe of :meth:`values`, read from a file of this process's own: two may ask at the same moment."""
         return load_recipe(self.write(out / f"recipe-{os.getpid()}.toml", stage, out, **changes))
+
+    def stage(self, make: Callable[..., Any], stage: str, out: Path, **changes: object) -> Any:
+        """What ``make`` makes of :meth:`recipe`, in this process, its prompts encoded."""
+        config = self.recipe(stage, out, **changes)
+        policies = Policies(config, torch.device("cpu"))
+        prompts = {task.name: task_prompts(task).training for task in config.tasks}
+        policies.prepare_text([p.prompt for found in prompts.values() for p in found])
+        mixture = Mixture(config.tasks, prompts, config.batch_size, config.group, config.seed)
+        return make(config, policies, mixture, Parallel(Accelerator()))
+
+
+@pytest.fixture(scope="module")
+def one_thread_of_the_processor() -> Iterator[None]:
+    """Bit for bit is promised for one device, and this one is everywhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
+    gc.freeze()  # each run collects garbage, and would look for it among all of the libraries' objects
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    gc.unfreeze()
+    AcceleratorState._reset_state(True)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
