@@ -135,7 +135,6 @@ def test_a_cancelled_comparison_stops_being_drawn(client):
     assert compare(client, arms=["base"])["pictures"]
 
 
-@pytest.mark.slow
 def test_twenty_clients_at_once_are_all_answered(server):
     def ask(seed):
         client = Client(server, verbose=False, httpx_kwargs={"timeout": 60})  # seconds: also on a loaded machine
