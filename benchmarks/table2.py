@@ -54,6 +54,9 @@ Differences are paired by picture (of several benches: their mean).
 {hopes}
 ![Score against student samples](table2.png)
 
+*One picture of each of the first eight prompts a task: the points are good to some ten points, the dotted line is the
+whole suite's.*
+
 The same prompts and seeds, one row an arm, in the order of the table:
 
 ![Pictures of all arms](table2-pictures.png)
