@@ -42,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from benchmarks.table2 import BENCHES, ONE_THREAD, WITHOUT_GUIDANCE, value
+from benchmarks.table2 import BENCHES, ONE_THREAD, WEIGHTS, WITHOUT_GUIDANCE, value
 from flowopd_eval.store import prompt_lines
 from flowopd_eval.tiny.suite import quality_training_prompts, shapes_training_prompts, sign_training_prompts
 
@@ -57,7 +57,6 @@ DEVELOPMENT = {
 }
 OPD = ("start=merge", "steps=60", "kl_weight=transition")
 RATES = (2e-4, 5e-4, 1e-3)
-WEIGHTS = ("transition", "flow-opd-code", "velocity")  # in the order in which one is taken where they are close
 # choice -> (recipe, its changes, setting, candidates, benches it is judged by, how it is drawn)
 CHOICES = {
     "grpo": ("tiny_grpo_geneval", ("steps=30",), "optimizer.learning_rate", (3e-4, 1e-3, 3e-3), ("geneval",), ()),

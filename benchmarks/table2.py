@@ -2,7 +2,7 @@
 
 Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
 ``benchmarks/results/table2.json``, ``docs/table2.md`` (the table, and what was hoped for beside what was seen),
-``docs/table2.png`` (score against student samples), ``docs/table2-pictures.png``, and the README's table. As many arms
+``docs/table2.png`` (score against student samples), ``docs/table2-pictures.jpg``, and the README's table. As many arms
 at a time as there are processors, one thread each. Stop it whenever you like: what is finished is kept, arms at hand go
 on from their checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr``, ``tiny:quality``, made by
 DiffusionNFT where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 
 from flowopd_eval.compare import compare_runs
@@ -54,28 +54,29 @@ Differences are paired by picture (of several benches: their mean).
 {hopes}
 ![Score against student samples](table2.png)
 
-*One picture of each of the first eight prompts a task: the points are good to some ten points, the dotted line is the
-whole suite's.*
+*Each line begins with the row that the arm starts from and ends with its own; between, the first {limit} prompts of
+each task.*
 
-The same prompts and seeds, one row an arm, in the order of the table:
+The same prompts and seeds, one row an arm:
 
-![Pictures of all arms](table2-pictures.png)
+![Pictures of all arms](table2-pictures.jpg)
 """
+WEIGHTS = ("transition", "flow-opd-code", "velocity")
 CURVES = ("mix-long", "opd-merge-long", "mix", "opd-none", "opd-sft", "opd-merge")  # arms in the plot
-CURVE = ("--limit", "8", "--samples", "1")
+CURVE = 32  # prompts a task
 WITHOUT_GUIDANCE = ("--guidance", "1")
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table: a recipe with changes. ``title`` is how the row reads."""
+    """One row of the table: a recipe with changes. ``title`` is how the row reads, ``start`` the row it starts from."""
 
     name: str
     title: str
     recipe: str | None = None  # None: the model ``tiny:NAME``, not trained here
     changes: tuple[str, ...] = ()
-    after: str | None = None  # the arm it starts from
+    start: str = "base"
 
     @property
     def out(self) -> Path:
@@ -90,11 +91,17 @@ class Arm:
         return [sys.executable, "-m", "training", f"training/recipes/{self.recipe}.toml", *sets]
 
 
-def setting(choice: str) -> tuple[str, ...]:
-    """The change that was chosen on development prompts for all arms of a kind; none before it was."""
+def weight_settings(weight: str | None = None) -> tuple[str, ...]:
+    """The changes of ``tiny_opd`` for a KL weight (None: the chosen one) with its rate; none before any was chosen.
+
+    Chosen on development prompts (:mod:`benchmarks.settings`, rule 4).
+    """
     path = Path("benchmarks/results/settings.json")
-    found = json.loads(path.read_text()).get(choice) if path.is_file() else None
-    return (f"{found['setting']}={found['chosen']}",) if found else ()
+    found = json.loads(path.read_text()).get("weight") if path.is_file() else None
+    if found is None:
+        return (f"kl_weight={weight}",) if weight else ()
+    weight = weight or found["chosen"]
+    return f"kl_weight={weight}", f"optimizer.learning_rate={found['rates'][weight]}"
 
 
 def _mix(recipe: str, name: str, title: str, *changes: str, samples: int = SAMPLES) -> Arm:
@@ -102,11 +109,13 @@ def _mix(recipe: str, name: str, title: str, *changes: str, samples: int = SAMPL
     return Arm(name, title, recipe, (f"steps={steps}", f"snapshot_every={steps // 3}", *changes))
 
 
-def _opd(name: str, title: str, start: str, *changes: str, samples: int = SAMPLES) -> Arm:
+def _opd(name: str, title: str, start: str, *changes: str, samples: int = SAMPLES, weight: str | None = None) -> Arm:
     steps = samples // 32
     source = str(RUNS / "train" / "sft" / "adapter") if start == "sft" else start
     kept = (f"start={source}", f"steps={steps}", f"snapshot_every={steps // 3}")
-    return Arm(name, title, "tiny_opd", (*setting("opd"), *kept, *changes), "sft" if start == "sft" else None)
+    return Arm(
+        name, title, "tiny_opd", (*weight_settings(weight), *kept, *changes), "base" if start == "none" else start
+    )
 
 
 ARMS = (
@@ -125,8 +134,11 @@ ARMS = (
     _opd("opd-none-no-mar", "Flow-OPD (no cold start), without MAR", "none", "anchor.weight=0"),
     _opd("opd-sft-no-mar", "Flow-OPD (SFT), without MAR", "sft", "anchor.weight=0"),
     _opd("opd-merge-no-mar", "Flow-OPD (merge), without MAR", "merge", "anchor.weight=0"),
-    _opd("opd-merge-code", "Flow-OPD (merge), weight flow-opd-code", "merge", "kl_weight=flow-opd-code"),
-    _opd("opd-merge-velocity", "Flow-OPD (merge), weight velocity", "merge", "kl_weight=velocity"),
+    *(
+        _opd(f"opd-merge-{w}", f"Flow-OPD (merge), weight {w}", "merge", weight=w)
+        for w in WEIGHTS
+        if weight_settings(w) != weight_settings()
+    ),
     *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
     *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
     _opd("opd-merge-window", "Flow-OPD (merge), window of two steps", "merge", "rollout.window=2"),
@@ -161,13 +173,14 @@ def drawn_by(adapter: Path) -> tuple[str, ...]:
 
 
 def curve(arm: Arm) -> list[dict[str, float]]:
-    """Score against student samples: the arm's snapshots on the first prompts of every task."""
+    """Score against student samples: the arm's snapshots before its end on the first prompts of every task."""
     points = []
-    batch = json.loads((arm.out / "recipe.json").read_text())["batch_size"]
+    recipe = json.loads((arm.out / "recipe.json").read_text())
     for snapshot in sorted((arm.out / "snapshots").glob("step-*")):
         step = int(snapshot.name.removeprefix("step-"))
-        found = evaluate(f"{arm.name}-{snapshot.name}", *drawn_by(snapshot), *CURVE)
-        points.append({"samples": step * batch, **{flag: value(found[flag]) for flag in BENCHES}})
+        if step < recipe["steps"]:
+            found = evaluate(f"{arm.name}-{snapshot.name}", *drawn_by(snapshot), "--limit", str(CURVE))
+            points.append({"samples": step * recipe["batch_size"], **{flag: value(found[flag]) for flag in BENCHES}})
     return points
 
 
@@ -187,6 +200,7 @@ def row(arm: Arm | None) -> dict[str, Any]:
         found = evaluate(name, *drawn_by(arm.out / "adapter"))
     scores = {flag: found[flag]["metrics"]["overall"] for flag in BENCHES}
     kept = {
+        "start": arm.start if arm else None,
         "title": arm.title if arm else "the base, guidance 4.5",
         "scores": scores,
         "average": sum(value(found[f]) for f in BENCHES) / 3,
@@ -251,11 +265,11 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(BENCHES), figsize=(15, 4.5), sharex=True, layout="constrained")
     for axis, (flag, key) in zip(axes, BENCHES.items(), strict=True):
         for found in results.values():
-            if points := found.get("curve"):
-                axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
-        axis.axhline(
-            results["base"]["scores"][flag]["value"], color="grey", linestyle=":", label="the base, guidance 1"
-        )
+            if found.get("curve"):
+                begin, end = results[found["start"]]["scores"][flag]["value"], found["scores"][flag]["value"]
+                between = [(point["samples"], point[flag]) for point in found["curve"]]
+                points = [(0, begin), *between, (found["samples"], end)]
+                axis.plot(*zip(*points, strict=True), marker=".", label=found["title"])
         axis.set(title=key, xlabel="student samples", ylabel="score")
     axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
@@ -264,17 +278,18 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def page(results: dict[str, dict[str, Any]]) -> Image.Image:
     """The same prompts and seeds, one row an arm."""
-    rows = []
-    for name in results:
+    side, left = 68, 330
+    sheet = Image.new("RGB", (left + SHOWN * side, len(results) * side), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for y, (name, found) in enumerate(results.items()):
+        pen.text((left - 8, y * side + side // 2), found["title"], fill="black", font=font, anchor="rm")
         files = []
         for flag, count in (("geneval", SHOWN * 3 // 4), ("ocr", SHOWN // 4)):
             everything = sorted((RUNS / "evaluation" / name).glob(f"*/{flag}/samples/*.png"))
             files += [everything[n * len(everything) // count] for n in range(count)]
-        rows.append([Image.open(file) for file in files])
-    sheet = Image.new("RGB", (SHOWN * 68, len(rows) * 68), "white")
-    for y, pictures in enumerate(rows):
-        for x, picture in enumerate(pictures):
-            sheet.paste(picture, (x * 68, y * 68))
+        for x, file in enumerate(files):
+            with Image.open(file) as picture:
+                sheet.paste(picture, (left + x * side, y * side))
     return sheet
 
 
@@ -341,8 +356,8 @@ def main() -> int:
     console, trained = Console(stderr=True), {}
 
     def whole(arm: Arm) -> dict[str, Any]:
-        if arm.after in trained:
-            trained[arm.after].result()
+        if arm.start in trained:
+            trained[arm.start].result()
         console.print(f"{arm.name}: in {arm.out if arm.recipe else RUNS / 'evaluation' / arm.name}")
         train(arm)
         found = row(arm)
@@ -360,10 +375,12 @@ def main() -> int:
             results[name] = future.result()
             seen = hopes(results)
             RESULTS.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
-            Path("docs/table2.md").write_text(PAGE.format(table=markdown(results), hopes=hopes_table(seen)))
+            Path("docs/table2.md").write_text(
+                PAGE.format(table=markdown(results), hopes=hopes_table(seen), limit=CURVE)
+            )
     write_readme(beside_paper(results))
     plot(results, Path("docs/table2.png"))
-    page(results).save("docs/table2-pictures.png", optimize=True)
+    page(results).save("docs/table2-pictures.jpg", quality=92, subsampling=0)
     print(markdown(results), hopes_table(seen), sep="\n")
     return 0
 

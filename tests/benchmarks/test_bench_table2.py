@@ -62,14 +62,33 @@ def test_the_best_candidate_is_chosen_and_within_a_point_the_smallest(scores, ta
     assert settings.chosen(scores) == taken
 
 
-def test_what_was_chosen_reaches_every_arm_of_flow_opd_and_no_other(tmp_path, monkeypatch):
+def test_each_weight_has_its_own_rate_and_the_chosen_one_reaches_the_arms(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert table2.setting("opd") == ()
-    stored = {"opd": {"setting": "optimizer.learning_rate", "chosen": 0.125}}
+    assert table2.weight_settings() == ()
+    assert table2.weight_settings("velocity") == ("kl_weight=velocity",)
+    stored = {"weight": {"chosen": "velocity", "rates": {"transition": 0.125, "velocity": 0.5}}}
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "benchmarks" / "results" / "settings.json").write_text(json.dumps(stored))
-    assert table2.setting("opd") == ("optimizer.learning_rate=0.125",)
-    assert table2.setting("nft") == ()
+    assert table2.weight_settings() == ("kl_weight=velocity", "optimizer.learning_rate=0.5")
+    assert table2.weight_settings("transition") == ("kl_weight=transition", "optimizer.learning_rate=0.125")
+
+
+def trials(scores, monkeypatch):
+    """The choice of a weight by these scores of its candidates, by name; trained and evaluated: nothing."""
+    monkeypatch.setattr(settings, "_candidate", lambda name, *_: dict.fromkeys(KEYS, scores.get(name, 0.1)))
+    return settings.choose_weight()
+
+
+def test_the_weight_is_chosen_by_its_best_rate(monkeypatch):
+    found = trials({"opd-velocity-0.001": 0.6, "opd-velocity-0.0005": 0.58, "opd-0.0002": 0.55}, monkeypatch)
+    assert found["chosen"] == "velocity"
+    assert found["rates"] == {"transition": 2e-4, "flow-opd-code": 2e-4, "velocity": 1e-3}
+    assert found["candidates"]["velocity"]["0.0005"] == dict.fromkeys(KEYS, 0.58)
+
+
+def test_of_close_weights_the_first_is_taken(monkeypatch):
+    assert trials({"opd-velocity-0.001": 0.6, "opd-0.0005": 0.592}, monkeypatch)["chosen"] == "transition"
+    assert trials({"opd-velocity-0.001": 0.6, "opd-0.0005": 0.585}, monkeypatch)["chosen"] == "velocity"
 
 
 def test_every_arm_asks_for_settings_that_its_recipe_knows():
@@ -77,7 +96,9 @@ def test_every_arm_asks_for_settings_that_its_recipe_knows():
         if arm.recipe:
             recipe, *sets = (word for word in arm.command[3:] if word != "--set")
             load_recipe(Path(recipe), sets)
-    assert {arm.after for arm in table2.ARMS} <= {None, *(arm.name for arm in table2.ARMS)}
+    names = [arm.name for arm in table2.ARMS]
+    assert len(set(names)) == len(names)
+    assert all(arm.name == "base" or arm.start in names[: names.index(arm.name)] for arm in table2.ARMS)
 
 
 # --- hopes -----------------------------------------------------------------------------------------------------------
@@ -150,3 +171,30 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(monkeypatch, capsys):
     assert table2.main() == 2
     assert "nonsense" in (said := capsys.readouterr().err)
     assert "opd-merge-seed2" in said
+
+
+# --- what is drawn ---------------------------------------------------------------------------------------------------
+def test_a_line_begins_at_the_row_it_starts_from_and_ends_at_its_own(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **_: drawn.append((tuple(x), tuple(y))))
+    between = [{"samples": 640, "geneval": 0.45, "ocr": 0.4, "quality": 0.3}]
+    results = {
+        "base": row(0.1, 0.2, 0.3),
+        "merge": row(0.4, 0.3, 0.2),
+        "opd-merge": {**row(0.5, 0.5, 0.5, title="arm"), "start": "merge", "curve": between},
+    }
+    table2.plot(results, tmp_path / "plot.png")
+    assert drawn == [((0, 640, 1920), (a, b, 0.5)) for a, b in ((0.4, 0.45), (0.3, 0.4), (0.2, 0.3))]
+    assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+def test_the_page_has_a_row_of_pictures_an_arm_with_its_name(evaluate):
+    results = {"a": evaluate("a", (1.0, 1.0, 1.0)), "b": evaluate("b", (0.0, 0.0, 0.0))}
+    sheet = np.asarray(table2.page(results))
+    assert sheet.shape[0] == 2 * 68
+    assert (sheet[:, :330].min((1, 2))[:68].min(), sheet[:, :330].min((1, 2))[68:].min()) == (
+        0,
+        0,
+    )  # two names in black
+    assert tuple(sheet[30, 360]) == (200, 0, 0)
+    assert tuple(sheet[98, 360]) == (0, 0, 200)
