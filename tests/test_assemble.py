@@ -12,7 +12,7 @@ from flowopd_eval.models import FAMILIES, TINY_RECORD, Member, fetch_base, resol
 from flowopd_eval.records import SETTINGS_FILE
 from training.assemble import ship
 from training.config import Teacher
-from training.policies import teacher_guidance, teacher_text_length
+from training.policies import teacher_record
 
 
 def test_a_shipped_adapter_is_the_adapter_up_to_fp16_and_half_as_large(tmp_path):
@@ -46,14 +46,20 @@ def test_a_member_keeps_the_guidance_scale_it_was_made_for(family):
 
 @pytest.mark.parametrize(("source", "scale"), [("tiny:free", 1.0), ("tiny:base", 4.5), ("some/folder", 4.5)])
 def test_a_teacher_teaches_with_its_own_scale_unless_the_recipe_has_another(source, scale, family):
-    assert teacher_guidance(Teacher(source=source), TINY_RECORD) == scale
-    assert teacher_guidance(Teacher(source=source, guidance=2.0), TINY_RECORD) == 2.0
+    assert teacher_record(Teacher(source=source), TINY_RECORD).guidance == scale
+    assert teacher_record(Teacher(source=source, guidance=2.0), TINY_RECORD).guidance == 2.0
 
 
 def test_a_published_adapter_teaches_by_the_record_that_it_carries(tmp_path):
     record = replace(TINY_RECORD, guidance=1.5, text_length=64)
     (tmp_path / SETTINGS_FILE).write_text(json.dumps({"adapter_of": "tiny:base", "record": asdict(record)}))
     teacher = Teacher(source=str(tmp_path))
-    assert teacher_guidance(teacher, TINY_RECORD) == 1.5
-    assert teacher_text_length(teacher, TINY_RECORD) == 64
-    assert teacher_text_length(Teacher(source=str(tmp_path), text_length=32), TINY_RECORD) == 32
+    assert teacher_record(teacher, TINY_RECORD).guidance == 1.5
+    assert teacher_record(teacher, TINY_RECORD).text_length == 64
+    assert teacher_record(Teacher(source=str(tmp_path), text_length=32), TINY_RECORD).text_length == 32
+
+
+def test_a_teacher_whose_settings_the_recipe_gives_is_not_asked_for(monkeypatch):
+    monkeypatch.setattr("training.policies.own_record", lambda _: pytest.fail("asked"))
+    own = teacher_record(Teacher(source="hub:a/b", guidance=2.0, text_length=32), TINY_RECORD)
+    assert (own.guidance, own.text_length) == (2.0, 32)

@@ -248,7 +248,8 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
                 raise WorkError(f"Stopped at step {step + 1} of {config.steps}; the same command goes on from there.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        export(config.steps, out / "adapter")  # a run that was killed between its last checkpoint and its adapter, too
+        if first == config.steps:  # it may have been killed between its last checkpoint and its adapter
+            export(config.steps, out / "adapter")
         seconds = time.monotonic() - started
         run = {"identity": identity, "steps": config.steps, "samples": config.steps * config.batch_size}
         run |= {"processes": accelerator.num_processes, "seconds_of_this_process": round(seconds, 1)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +155,8 @@ class Policies:
         self.embeddings = Embeddings(Path(config.cache), self._encoders_sha256(), self._encode)
 
     def _expert(self, name: str, teacher: Teacher, adapter: Adapter | None) -> Expert:
-        guidance = teacher_guidance(teacher, self.record)
-        length = teacher_text_length(teacher, self.record)
+        own = teacher_record(teacher, self.record)
+        guidance, length = own.guidance, own.text_length
         if adapter is not None:
             return Expert(name, name, None, guidance, length, adapter.sha256)
         source = "" if teacher.source == "base" else resolve(teacher.source).base
@@ -278,16 +278,14 @@ def guidance_of(config: Trained, record: SamplingRecord) -> float:
     return record.guidance if isinstance(config, SFTConfig) else config.rollout.guidance or record.guidance
 
 
-def teacher_guidance(teacher: Teacher, record: SamplingRecord) -> float:
-    """The scale a teacher teaches with: the recipe's, else its own record's, else the base's record's."""
-    own = own_record(teacher.source) or record
-    return own.guidance if teacher.guidance is None else teacher.guidance
+def teacher_record(teacher: Teacher, record: SamplingRecord) -> SamplingRecord:
+    """What a teacher teaches with (guidance, T5 tokens): the recipe's, else its own record's, else the base's record's.
 
-
-def teacher_text_length(teacher: Teacher, record: SamplingRecord) -> int:
-    """The T5 tokens a teacher reads: as :func:`teacher_guidance`."""
-    own = own_record(teacher.source) or record
-    return own.text_length if teacher.text_length is None else teacher.text_length
+    A published teacher is asked for its record only where the recipe leaves one of the two open.
+    """
+    said = {name: value for name in ("guidance", "text_length") if (value := getattr(teacher, name)) is not None}
+    own = record if len(said) == 2 else own_record(teacher.source) or record
+    return replace(own, **said)
 
 
 def _load(folder: Path, record: SamplingRecord, dtype: torch.dtype, parts: Mapping[str, Any]) -> FlowOPDPipeline:

@@ -45,8 +45,7 @@ from training.policies import (
     Policies,
     guidance_of,
     store,
-    teacher_guidance,
-    teacher_text_length,
+    teacher_record,
 )
 from training.rollout import Schedule, inclusion
 
@@ -110,19 +109,13 @@ class Weightless(Policies):
         self.bank = AdapterBank(self.transformer, adapters, trainable={STUDENT: config.lora.scale})
         store(self.transformer, config, self.dtype)
         self.model = self.bank
-        self.experts = {
-            name: Expert(
-                name,
-                name if ranks[name] else None,
-                self._transformer(base) if ranks[name] == 0 else None,
-                teacher_guidance(teacher, base.record),
-                teacher_text_length(teacher, base.record),
-                None,
-            )
-            for name, teacher in wanted.items()
-        }
+        self.experts = {name: self._expert(name, teacher, ranks[name], base) for name, teacher in wanted.items()}
         self.base = Expert("base", None, None, base.record.guidance, base.record.text_length, None)
         self.embeddings = _NoEmbeddings(base)
+
+    def _expert(self, name: str, teacher: Teacher, rank: int | None, base: Architecture) -> Expert:
+        own, whole = teacher_record(teacher, base.record), self._transformer(base) if rank == 0 else None
+        return Expert(name, name if rank else None, whole, own.guidance, own.text_length, None)
 
     def _transformer(self, base: Architecture) -> SD3Transformer2DModel:
         return build(SD3Transformer2DModel.from_config, base.transformer, self.dtype)
@@ -275,7 +268,7 @@ def trained_steps(rollout: Rollout, possible: Sequence[bool]) -> float:
 def work(config: Trained, record: SamplingRecord) -> tuple[Work, ...]:
     """The transformer's work for one sample of ``config``, on average."""
     shares = sum(task.share for task in config.tasks)
-    guidances = {name: teacher_guidance(t, record) for name, t in config.teachers.items()}
+    guidances = {name: teacher_record(t, record).guidance for name, t in config.teachers.items()}
     # Without a teacher (GRPO may have none) nothing is taught.
     taught = sum(t.share / shares * _rows(guidances[t.teacher]) for t in config.tasks if t.teacher in guidances)
     if isinstance(config, DistillConfig):
@@ -301,7 +294,7 @@ def _distillation_work(config: DistillConfig, record: SamplingRecord, taught: fl
     rows = _rows(guidance_of(config, record))
     parts = [_with_backward("student, drawing and trained", trained * rows, config, r.steps * rows)]
     parts.append(Work("teachers", trained * taught))
-    anchored = _rows(teacher_guidance(config.pull, record)) / config.pull.every if config.pull else 0.0
+    anchored = _rows(teacher_record(config.pull, record).guidance) / config.pull.every if config.pull else 0.0
     if config.pull:
         parts.append(Work("anchor", trained * anchored))
     if config.objective == "policy_gradient":
