@@ -114,3 +114,16 @@ def test_what_cannot_be_checked_is_refused(stage, why, check):
     code, _, errors = check(stage)
     assert code == 2
     assert why in errors
+
+
+def test_the_base_is_drawn_with_the_guidance_of_the_student_to_be(check, tiny, changes, tmp_path):
+    """Without guidance on either side a teacher that is the base has no difference at all; with the base's, it has."""
+    task = changes["tasks"][2]
+    same = changes | {"tasks": [task], "teachers": {"base": {"source": "base", "guidance": 1.0}}}
+    _, out, _ = check("distill", **same | {"rollout": {"guidance": 1.0, "steps": 3}})
+    assert "+0.000 [+0.000, +0.000]" in out
+    assert "Guidance: the base 1, as the student; base 1." in out
+    assert all(len(line) <= 80 for line in out.splitlines()[:4])
+    _, out, _ = check("distill", **same | {"rollout": {"guidance": 3.0, "steps": 3}})
+    assert "+0.000 [+0.000, +0.000]" not in out
+    assert "Guidance: the base 3, as the student; base 1." in out

@@ -1,18 +1,20 @@
 """``python -m training check RECIPE``: is every teacher better than the base at what it is to teach?
 
 Before a long run: each task's held-out prompts (64 at most) are drawn by the base and by the task's teacher from the
-same noise, and judged by the task's rewards. A teacher whose paired difference is not clearly above zero is a dud: a
-file that was saved empty, an adapter of another model, a scale that was lost.
+same noise, and judged by the task's rewards. The base is drawn with the guidance that the student will have, who is the
+base before the first step; a teacher with its own. A teacher whose paired difference is not clearly above zero is a
+dud: a file that was saved empty, an adapter of another model, a scale that was lost.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -54,23 +56,23 @@ def check_task(policies: Policies, task: Task, rewards: Rewards, seed: int, batc
         raise RequestError(f"Task {task.name!r} holds no prompts out (held_out = 0); there is nothing to check it on.")
     chosen = [prompts[n * len(prompts) // min(PROMPTS, len(prompts))] for n in range(min(PROMPTS, len(prompts)))]
     policies.prepare_text([prompt.prompt for prompt in chosen])
-    teacher = policies.experts[str(task.teacher)]
+    teacher, base = policies.experts[str(task.teacher)], replace(policies.base, guidance=policies.guidance)
     scores = {
         name: _scores(policies, expert, chosen, task, rewards, seed, batch)
-        for name, expert in (("base", policies.base), ("teacher", teacher))
+        for name, expert in (("base", base), ("teacher", teacher))
     }
     judged = [p.id for p in chosen if not any(math.isnan(side[p.id]) for side in scores.values())]
     if len(judged) < 2:
         raise RequestError(
             f"Task {task.name!r}: {len(judged)} of {len(chosen)} prompts could be judged; see its rewards."
         )
-    base, theirs = ({key: [side[key]] for key in judged} for side in scores.values())
+    ours, theirs = ({key: [side[key]] for key in judged} for side in scores.values())
     return Finding(
         task.name,
         teacher.name,
-        math.fsum(side[0] for side in base.values()) / len(judged),
+        math.fsum(side[0] for side in ours.values()) / len(judged),
         math.fsum(side[0] for side in theirs.values()) / len(judged),
-        paired_difference(base, theirs),
+        paired_difference(ours, theirs),
         len(chosen) - len(judged),
     )
 
@@ -107,6 +109,8 @@ def check_teachers(config: Config) -> int:
         with console.status(f"{task.teacher} on {task.name}"):
             findings.append(check_task(policies, task, rewards, config.seed, config.micro_batch))
     Console().print(_table(findings))
+    scales = ", ".join(f"{f.teacher} {policies.experts[f.teacher].guidance:g}" for f in findings)
+    print(f"Guidance: the base {policies.guidance:g}, as the student; {scales}.")
     if len(judged) < len(config.tasks):
         left = ", ".join(f"{task.teacher} on {task.name}" for task in config.tasks if not task.rewards)
         print(f"Not checked, for want of `rewards`: {left}.")
@@ -117,11 +121,12 @@ def check_teachers(config: Config) -> int:
 
 
 def _table(findings: Sequence[Finding]) -> Any:
-    table = Table("task", "teacher", "base", "its score")
-    for name in ("difference [95 %]", "n", "unscored", "verdict"):
+    table = Table("task", "teacher", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("base", "its score", "difference [95 %]", "n", "verdict"):
         table.add_column(name, no_wrap=True)
     for f in findings:
         d = f.difference
         numbers = [f"{f.base_score:.3f}", f"{f.teacher_score:.3f}", f"{d.value:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"]
-        table.add_row(f.task, f.teacher, *numbers, str(d.n), str(f.unscored), f.verdict)
+        judged = f"{d.n}, {f.unscored} unscored" if f.unscored else str(d.n)
+        table.add_row(f.task, f.teacher, *numbers, judged, f.verdict)
     return table
