@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.export import escape_markdown, model_index, protocol_and_engine
-from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY
+from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, Licence, card_licence
 from flowopd_eval.hub.results import Claim, Results
 
 if TYPE_CHECKING:
-    from flowopd_eval.hub.subject import Subject
+    from flowopd_eval.hub.subject import Subject, Upstream
     from flowopd_eval.records import SamplingRecord
 
 _JUDGED_BY = {"ocr": ("ocr", "sign_ocr"), "quality": ("shapes_quality",), "partial_credit": ("shapes_geneval",)}
@@ -20,9 +20,17 @@ _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that
 
 
 def render_card(
-    subject: Subject, results: Results, record: SamplingRecord, name: str, provenance: Mapping[str, Any]
+    subject: Subject,
+    results: Results,
+    record: SamplingRecord,
+    name: str,
+    provenance: Mapping[str, Any],
+    texts: Mapping[Upstream, Collection[str]] = {},
 ) -> str:
-    """``README.md`` of the repository ``name``. Texts from runs and recipes are escaped."""
+    """``README.md`` of the repository ``name``. Texts from runs and recipes are escaped.
+
+    ``texts`` are the licences and notices of others that go along, by the adapter that they belong to.
+    """
     shown = [claim for claim in results.claims if claim.file]
     tiny = subject.family.name == "tiny"
     example = next((claim for claim in shown if claim.prompt), None)
@@ -46,7 +54,9 @@ def render_card(
         recipe=_recipe(subject),
         trained_on=_rewards(subject) & set(results.summaries),
         provenance=provenance,
-        licence=LICENCES[subject.family.name],
+        licence=_licence(subject),
+        own_licence=LICENCES[subject.family.name],
+        texts=texts,
         powered_by=None if tiny else POWERED_BY,
         withheld=sorted(set(results.summaries) - set(OPEN_PROMPTS)),
     )
@@ -67,14 +77,19 @@ def render(template: str, **context: Any) -> str:
     return environment.get_template(template).render(**context)
 
 
+def _licence(subject: Subject) -> Licence:
+    return card_licence(subject.family.name, [one.licence for one in subject.upstream if one.carried])
+
+
 def _metadata(subject: Subject, results: Results, name: str) -> str:
     from huggingface_hub import ModelCardData
 
-    licence = LICENCES[subject.family.name]
+    licence = _licence(subject)
     base: str | list[str] | None = None if subject.family.name == "tiny" else subject.family.base.removeprefix("hub:")
     relation = "adapter"
-    if subject.merged and subject.upstream:
-        base = [one.source.removeprefix("hub:").partition("@")[0] for one in subject.upstream]
+    parts = [one.source for one in subject.upstream if one.source.startswith("hub:")]
+    if subject.merged and parts:
+        base = [source.removeprefix("hub:").partition("@")[0] for source in parts]
         relation = "merge"
     index = model_index(name, list(results.summaries.values())) if results.summaries else {}
     data = ModelCardData(

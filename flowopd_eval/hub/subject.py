@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.errors import RequestError
-from flowopd_eval.hub.licences import licence_of_repository
+from flowopd_eval.hub.licences import binding, licence_of_folder, licence_of_repository
 from flowopd_eval.hub.repository import without_places
 from flowopd_eval.models import (
     FAMILIES,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.json"
 _MERGE_REPORT = "merge.json"
+AGAIN, MERGED, STARTED = "published again", "merged", "started from"  # roles of what an adapter's values come from
 # SD3.5-Medium's transformer (transformer/config.json of stabilityai/stable-diffusion-3.5-medium), so that an adapter is
 # checked against every one of its layers without 5 GB of weights.
 _SD35_TRANSFORMER: dict[str, Any] = {
@@ -49,11 +50,20 @@ _SD35_TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upstream:
-    """An adapter of somebody's that this one was made from: its source at a commit, what it gave, its licence."""
+    """An adapter of somebody's that this one was made from: its source at a commit, what it gave, its licence.
+
+    ``source`` of one that lies in a local ``folder``, whose card states a licence, is the folder's name.
+    """
 
     source: str
     role: str
     licence: str
+    folder: Path | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether its licence holds for what was made from it: its values are in it, or the licence says so."""
+        return any(role in self.role for role in (AGAIN, MERGED, STARTED)) or binding(self.licence)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ def read_subject(source: str) -> Subject:
 
     Raises:
         RequestError: as :func:`flowopd_eval.adapters.read_adapter`; an adapter that does not fit its backbone whole; an
-            upstream adapter whose licence is unknown.
+            upstream adapter whose licence is unknown, or does not let it be passed on.
     """
     spec = _known(source)
     place = spec.adapter if spec and spec.adapter else source
@@ -114,7 +124,9 @@ def read_subject(source: str) -> Subject:
     record, record_from = _record(spec, settings, origin, family, recipe)
     upstream = _upstream(recipe, {str(folder)})
     if place.startswith("hub:"):
-        upstream = (Upstream(adapter.source, "published again", licence_of_repository(adapter.source)), *upstream)
+        upstream = (Upstream(adapter.source, AGAIN, licence_of_repository(adapter.source)), *upstream)
+    elif folder and (licence := licence_of_folder(folder)):
+        upstream = (Upstream(folder.resolve().name, AGAIN, licence, folder), *upstream)
     return Subject(
         adapter,
         family,
@@ -256,7 +268,10 @@ def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]
                         "from: push from the folder in which it was trained, or correct recipe.json. Nothing was sent."
                     )
                 seen.add(place)
-                further = _making(_folder(Path(place))).get("recipe", {})
+                folder = _folder(Path(place))
+                if licence := licence_of_folder(folder):
+                    found[place] = Upstream(folder.resolve().name, role, licence, folder)
+                further = _making(folder).get("recipe", {})
                 found |= {one.source: one for one in _upstream(further, seen)}
     return tuple(found.values())
 
@@ -264,11 +279,11 @@ def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]
 def _sources(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sources that a recipe names, each with what it gave."""
     teachers = recipe.get("teachers") or {}
-    role = "merged" if recipe.get("stage") == "merge" else "teacher"
+    role = MERGED if recipe.get("stage") == "merge" else "teacher"
     named = [(str(one["source"]) if isinstance(one, Mapping) else str(name), role) for name, one in teachers.items()]
     pull, start = recipe.get("anchor"), str(recipe.get("start") or "none")
     named += [(str(pull["source"]), "anchor")] if isinstance(pull, Mapping) and pull.get("weight") else []
-    return named + ([(start, "started from")] if start not in ("none", "merge") else [])
+    return named + ([(start, STARTED)] if start not in ("none", "merge") else [])
 
 
 def _places(source: str) -> list[str]:

@@ -184,6 +184,7 @@ def test_a_merge_names_all_its_bases(trained):
     subject = replace(read_subject(str(trained / "adapter")), recipe={"stage": "merge"}, upstream=parts)
     data = ModelCard(rendered(replace(subject, family=FAMILIES["flow-opd"]))).data
     assert (data.base_model, data.get("base_model_relation")) == (["a/one", "b/two"], "merge")
+    assert (data.license, data.license_name) == ("other", "stabilityai-ai-community-and-mit")
 
 
 def test_the_guidance_it_was_trained_for_is_its_record(trained, finished):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import ModelCard
 from loopback_hub import Stored
 from random_adapters import random_adapter
 
@@ -320,30 +321,99 @@ def test_an_adapter_that_fails_its_checks_is_refused_and_nothing_sent(machine, h
 @pytest.mark.parametrize(
     ("card", "says"),
     [
-        ("# no metadata", None),
-        ("---\nlicense: unknown\n---\n", None),
-        ("---\nlicense: other\n---\n", None),
-        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence"),
-        ("---\nlicense: mit\n---\n", "mit"),
+        ("# no metadata", "states no licence"),
+        ("---\nlicense: unknown\n---\n", "states no licence"),
+        ("---\nlicense: other\n---\n", "states no licence"),
+        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "is under 'a-licence', which is not known here"),
+        ("---\nlicense: cc-by-nc-nd-4.0\n---\n", "is under 'cc-by-nc-nd-4.0', which lets nothing that was changed"),
+        ("---\nlicense: [mit, cc-by-nd-4.0]\n---\n", "is under 'cc-by-nd-4.0', which lets nothing that was changed"),
+        ("---\nlicense: other\nlicense_name: stabilityai-ai-community\n---\n", "which is the licence of SD3.5's works"),
     ],
 )
-def test_an_upstream_adapter_needs_a_licence(machine, hub, gentle, tmp_path, card, says):
-    write_adapter(gentle, tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {"README.md": card.encode()}
-    name = f"they/{hashlib.sha1(card.encode()).hexdigest()}"  # another each time, as the client caches
-    hub.repositories[f"models/{name}"] = Stored({"a" * 40: files}, "a" * 40)
+def test_an_upstream_adapter_needs_a_licence_that_lets_it_be_passed_on(machine, hub, gentle, tmp_path, card, says):
+    name = of_somebody(hub, gentle, tmp_path, card)
+    (tmp_path / "README.md").unlink()
     recipe = {"stage": "distill", "teachers": {"ocr": {"source": f"hub:{name}"}}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     for source in (f"hub:{name}", tmp_path):
         answer = machine("push", source, "me/again")
-        if says is None:
-            assert answer.code == 2
-            assert "states no licence" in answer.err
-            assert "models/me/again" not in hub.repositories
-        else:
-            assert answer.code == 0, answer.err
-            readme = of(hub, "me/again").files["README.md"].decode()
-            assert f"| {says} |" in readme
+        assert (answer.code, says in answer.err) == (2, True), answer.err
+        assert name in answer.err or "SD3.5" in says
+        assert "Nothing was sent" in answer.err
+        assert hub.writes() == []
+
+
+def of_somebody(hub, adapter, folder, card, **more) -> str:
+    """An adapter with a card, in ``folder`` and on the Hub; its name there, another each time as the client caches."""
+    write_adapter(adapter, folder)
+    (folder / "README.md").write_text(card)
+    for name, text in more.items():
+        (folder / name).write_text(text)
+    name = f"they/{hashlib.sha1(card.encode()).hexdigest()}"
+    hub.repositories[f"models/{name}"] = Stored(
+        {"a" * 40: {p.name: p.read_bytes() for p in folder.iterdir()}}, "a" * 40
+    )
+    return name
+
+
+@pytest.mark.parametrize("licence", ["mit", "cc-by-nc-4.0", "openrail++"])
+@pytest.mark.parametrize("local", [False, True])
+def test_what_somebody_published_keeps_its_licence_and_its_texts(machine, hub, gentle, tmp_path, licence, local):
+    texts = {"LICENSE": f"their {licence}", "NOTICE": "made by them"}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    name = of_somebody(hub, gentle, folder, f"---\nlicense: {licence}\n---\n# {local}\n", **texts)
+    answer = machine("push", folder if local else f"hub:{name}", "me/kept", "--dry-run")
+    assert f"is under {licence}: the card says so" in answer.out
+    answer = machine("push", folder if local else f"hub:{name}", "me/kept")
+    assert answer.code == 0, answer.err
+    files = of(hub, "me/kept").files
+    assert ModelCard(files["README.md"].decode()).data.license == licence
+    label = "theirs" if local else name.replace("/", ".")
+    assert {one: files[f"upstream/{label}/{one}"].decode() for one in texts} == texts
+    assert b"Apache License" in files["LICENSE"]  # of the miniature, which the adapter changes
+    assert f"`upstream/{label}/LICENSE`" in files["README.md"].decode()
+    # and again, from where it now lies
+    again = machine("push", "hub:me/kept", f"me/kept-{licence.strip('+')}-{local}".lower())
+    assert again.code == 0, again.err
+    copy = of(hub, f"me/kept-{licence.strip('+')}-{local}".lower()).files
+    assert ModelCard(copy["README.md"].decode()).data.license == licence
+    assert copy[f"upstream/{label}/LICENSE"] == files[f"upstream/{label}/LICENSE"]
+    assert not [one for one in copy if "me.kept" in one]
+
+
+@pytest.mark.parametrize(
+    ("card", "why"),
+    [
+        ("license: cc-by-nc-nd-4.0", "README.md is under 'cc-by-nc-nd-4.0', which lets nothing"),
+        ("license: other\nlicense_name: mine-alone", "README.md is under 'mine-alone', which is not known here"),
+        ("license: [", "has no metadata that can be read"),
+    ],
+)
+def test_a_card_beside_a_local_adapter_is_heeded(gentle, tmp_path, card, why):
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(RequestError, match=why):
+        read_subject(str(tmp_path))
+    # as what another one started from, too
+    write_adapter(gentle, tmp_path / "next" / "adapter")
+    (tmp_path / "next" / "recipe.json").write_text(json.dumps({"stage": "nft", "start": str(tmp_path)}))
+    with pytest.raises(RequestError, match=why):
+        read_subject(str(tmp_path / "next" / "adapter"))
+
+
+def test_a_teachers_licence_binds_its_student_only_where_it_says_so(machine, hub, gentle, tmp_path):
+    for licence, stays in (("mit", "apache-2.0"), ("cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0")):
+        folder = tmp_path / licence
+        folder.mkdir()
+        name = of_somebody(hub, gentle, folder, f"---\nlicense: {licence}\n---\n# a teacher\n")
+        (folder / "README.md").unlink()
+        recipe = {"stage": "distill", "teachers": {"ocr": {"source": f"hub:{name}"}}}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        assert machine("push", folder, "me/student").code == 0
+        card = of(hub, "me/student").files["README.md"].decode()
+        assert ModelCard(card).data.license == stays
+        assert f"hub:{name}" in card.replace("\\", "")
 
 
 def test_upstream_is_followed_through_adapters_of_ones_own(gentle, tmp_path, monkeypatch):
