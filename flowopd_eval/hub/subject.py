@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flowopd_eval.adapters import Adapter
+    from flowopd_eval.hub.there import There
 
 RECIPE = "recipe.json"
 _MERGE_REPORT = "merge.json"
@@ -102,8 +103,10 @@ class Subject:
         return f"low-rank matrices (LoRA, {size}), {made}, are added to it when it is loaded."
 
 
-def read_subject(source: str) -> Subject:
+def read_subject(source: str, there: There | None = None) -> Subject:
     """The adapter ``source``: a folder, a file, ``hub:REPO@REVISION``, or a known name such as ``tiny:student``.
+
+    ``there`` is the repository that it goes to: its record holds for the same adapter, unless one lies nearer.
 
     Raises:
         RequestError: as :func:`flowopd_eval.adapters.read_adapter`; an adapter that does not fit its backbone whole; an
@@ -121,7 +124,8 @@ def read_subject(source: str) -> Subject:
     settings = _settings(origin)
     declared = settings.get("adapter_of") or recipe.get("base") or (folder and _declared(folder)) or ""
     family = _family(adapter, str(declared))
-    record, record_from = _record(spec, settings, origin, family, recipe)
+    before = there.settings if there and there.adapter_sha256 == adapter.sha256 else {}
+    record, record_from = _record(spec, settings, origin, family, recipe, before)
     upstream = _upstream(recipe, {str(folder)})
     if place.startswith("hub:"):
         upstream = (Upstream(adapter.source, AGAIN, licence_of_repository(adapter.source)), *upstream)
@@ -236,7 +240,12 @@ def skeleton(family: Family) -> nn.Module:
 
 
 def _record(
-    spec: ModelSpec | None, settings: Mapping[str, Any], origin: str | None, family: Family, recipe: Mapping[str, Any]
+    spec: ModelSpec | None,
+    settings: Mapping[str, Any],
+    origin: str | None,
+    family: Family,
+    recipe: Mapping[str, Any],
+    before: Mapping[str, Any],
 ) -> tuple[SamplingRecord, str]:
     """The record it is drawn with, and where that was found: the nearest to the adapter itself counts."""
     if spec:
@@ -244,10 +253,14 @@ def _record(
     if settings and origin:
         where = f"of {origin}" if origin.startswith("hub:") else "beside the adapter"
         return record_of(settings, origin), f"{SETTINGS_FILE} {where}"
+    if before.get("adapter_of") == f"{family.name}:base":
+        where = "the repository, as an earlier push of this adapter left it"
+        return record_of(before, where), f"{SETTINGS_FILE} of {where}"
     guidance = recipe.get("guidance") or (recipe.get("rollout") or {}).get("guidance")
     if guidance:
         return replace(family.record, guidance=float(guidance)), f"the recipe's guidance and {family.base}'s usual"
-    return family.record, f"{family.base}'s usual, as there is no {SETTINGS_FILE} and no recipe with the adapter"
+    lacking = f"its recipe, of stage {recipe.get('stage')!r}, names no guidance" if recipe else "it has no recipe"
+    return family.record, f"{family.base}'s usual, as no {SETTINGS_FILE} lies with the adapter, and {lacking}"
 
 
 # ----------------------------------------------------------------------------------------------------------- upstream

@@ -9,17 +9,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from huggingface_hub import ModelCard
 from loopback_hub import Stored
 from random_adapters import random_adapter
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.hub.licences import licence_files
 from flowopd_eval.hub.repository import Repository, refuse_secrets, without_paths, without_places
 from flowopd_eval.hub.results import _check_backbone
 from flowopd_eval.hub.subject import read_subject, skeleton
+from flowopd_eval.hub.there import There, explained
 from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 
 WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
@@ -101,8 +103,19 @@ def test_what_a_push_wrote_and_the_next_does_not_is_removed_as_shown_and_nothing
         gone = [line.split()[-1] for line in shown.splitlines() if line.split()[:1] == ["removed"]]
         assert sorted(gone) == sorted(stale)
     assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", "samples/mine.png", *WEIGHTS, *OTHERS])
+    for said in (dry.err, answer.err):
+        assert "no --run: the card loses its scores of shapes_quality; give --run RUN to keep" in " ".join(said.split())
     assert b"None were published" in repo.files["README.md"]
     assert b"metrics" not in repo.files["README.md"]
+    # the same weights keep the settings they were scored with
+    assert json.loads(repo.files["flow_opd.json"])["record"]["steps"] == 2
+    assert "Drawn with 2 steps, guidance 1" in answer.out
+    assert "same pytorch_lora_weights.safetensors" in " ".join(answer.out.split())
+    assert "changed README.md" in " ".join(answer.out.split())
+    machine.token = ""
+    unseen = machine("push", trained / "adapter", pushed, "--dry-run")
+    assert unseen.code == 0, unseen.err
+    assert f"What lies at {pushed} is not known, nor what would be removed there" in " ".join(unseen.err.split())
 
 
 def test_a_card_that_was_edited_is_not_overwritten(machine, hub, trained, pushed):
@@ -256,7 +269,7 @@ def test_a_broken_upload_commits_nothing_and_the_next_sends_the_rest(machine, hu
     ("token", "name", "code", "why"),
     [
         ("", "me/a", 2, "There is no Hub token here"),
-        ("hf_wrong", "me/a", 2, "does not know this token: run `hf auth login`"),
+        ("hf_wrong", "me/a", 2, "The token from HF_TOKEN is not known to the Hub: correct HF_TOKEN, or unset"),
         (None, "others/a", 2, "may not write to others/a"),
         (None, "nobody/a", 2, "The Hub has no nobody/a"),
         (None, "a", 2, "Expected a repository as OWNER/NAME, but got 'a'"),
@@ -273,6 +286,38 @@ def test_what_the_hub_refuses_is_said_with_its_remedy(machine, hub, trained, tok
     assert "Traceback" not in answer.err
     assert not token or token not in answer.err
     assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "why"),
+    [
+        ("read", "me/a", "token from HF_TOKEN may only read"),
+        ("write", "others/a", "not write to others/a: it is of me, us"),
+    ],
+)
+def test_a_token_that_cannot_write_is_told_before_the_list(machine, hub, trained, role, name, why):
+    hub.role = role
+    answer = machine("push", trained / "adapter", name)
+    assert (answer.code, why in answer.err, answer.out) == (2, True, ""), answer.err
+    assert hub.writes() == []
+
+
+def test_other_weights_at_the_same_place_get_no_record_of_the_earlier_ones(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    record = {"steps": 4, "guidance": 1.0, "shift": 3.0, "width": 64, "height": 64, "text_length": 0}
+    settings = {"adapter_of": "tiny:base", "record": record}
+    same = There("a" * 40, settings=settings, adapter_sha256=gentle.sha256)
+    assert read_subject(str(tmp_path), same).record.steps == 4
+    (tmp_path / "merge.json").write_text(json.dumps({"recipe": {"teachers": {}}}))
+    other = read_subject(str(tmp_path), There("a" * 40, settings=settings, adapter_sha256="0"))
+    assert other.record.steps == 20
+    assert "its recipe, of stage 'merge', names no guidance" in other.record_from
+
+
+def test_a_hub_that_is_not_there_has_been_sent_nothing(monkeypatch):
+    with pytest.raises(WorkError, match=r"^The Hub at http.* could not be reached \(ConnectError\). Nothing was sent"):
+        with explained("me/a"):
+            raise httpx.ConnectError("no")
 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(machine, hub, trained):
@@ -449,7 +494,7 @@ def test_a_run_of_another_adapter_is_refused(machine, hub, transformer, finished
     answer = machine("push", tmp_path, "me/other", "--run", finished)
     assert answer.code == 2
     assert "holds no pictures of this adapter" in answer.err
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 def edited(run, tmp_path, **changes):
@@ -476,7 +521,7 @@ def edited(run, tmp_path, **changes):
 def test_scores_that_are_not_this_cards_are_refused(machine, hub, trained, finished, tmp_path, changes, why):
     answer = machine("push", trained / "adapter", "me/claims", "--run", edited(finished, tmp_path, **changes))
     assert (answer.code, why in answer.err) == (2, True), answer.err
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 @pytest.fixture(scope="module")
@@ -569,7 +614,7 @@ def test_a_token_in_a_file_stops_everything(machine, hub, trained, tmp_path):
     assert answer.code == 2
     assert "recipe.json holds a Hub token" in answer.err
     assert "xxxx" not in answer.err + answer.out
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 def test_a_training_run_is_told_where_its_adapter_lies(machine, trained):
