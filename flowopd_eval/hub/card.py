@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowopd_eval.export import escape_markdown, model_index, protocol_and_engine
+from flowopd_eval.benches import bench_by_key
+from flowopd_eval.export import model_index, protocol_and_engine
 from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, Licence, card_licence
 from flowopd_eval.hub.results import Claim, Results
+from flowopd_eval.quiet import printable
 
 if TYPE_CHECKING:
     from flowopd_eval.hub.subject import Subject, Upstream
@@ -17,6 +20,17 @@ if TYPE_CHECKING:
 _JUDGED_BY = {"ocr": ("ocr", "sign_ocr"), "quality": ("shapes_quality",), "partial_credit": ("shapes_geneval",)}
 _TAGS = ["lora", "flow-opd", "text-to-image"]
 _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that says "OPEN"'}
+
+
+# What Markdown (CommonMark, GitHub's and the Hub's) takes for a mark in the middle of a line, and what only begins one.
+_MARKS = re.compile(r"[\\`*\[\]<>|~$@]|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|:(?=//)|(?<=www)\.")
+_BEGINS = re.compile(r"^(\d*)([#+.)=-])")
+
+
+def _text(value: Any) -> str:
+    """``value`` on one line, so that it is shown as it is; only what would be a mark is escaped."""
+    line = printable(re.sub(r"\s+", " ", str(value)).strip())
+    return _BEGINS.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", line))
 
 
 def render_card(
@@ -49,6 +63,7 @@ def render_card(
         latent=(16, record.height // (4 if tiny else 8), record.width // (4 if tiny else 8)),
         device="cpu" if tiny else "cuda",
         tables=[_table(one) for one in results.summaries.values()],
+        bench=bench_by_key(next(iter(results.summaries), "geneval")).flag,
         shown=[_caption(number, claim) for number, claim in enumerate(shown, 1)],
         pictures=len(results.claims),
         recipe=_recipe(subject),
@@ -73,7 +88,7 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["text"] = escape_markdown
+    environment.filters["text"] = _text
     return environment.get_template(template).render(**context)
 
 
@@ -123,7 +138,7 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
 def score_rows(summary: Mapping[str, Any]) -> list[str]:
     """The lines of a metric's table as the card writes them."""
     return [
-        f"| {escape_markdown(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
+        f"| {_text(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
         for task, value, low, high, n in _table(summary)["rows"]
     ]
 
@@ -148,9 +163,22 @@ def _recipe(subject: Subject) -> list[tuple[str, str]]:
         "objective": recipe.get("objective"),
         "weights": recipe.get("kl_weight"),
         "method": recipe.get("method"),
+        "merged from": _parts(recipe) if subject.merged else None,
+        "discarded energy": _share(recipe.get("discarded_energy", subject.training.get("discarded_energy"))),
     }
     rows |= {f"task {task['name']}": _task(task) for task in recipe.get("tasks") or ()}
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def _parts(recipe: Mapping[str, Any]) -> str | None:
+    """The adapters of a merge with their weights."""
+    teachers = (recipe.get("teachers") or {}).items()
+    named = [(one["source"], one.get("weight")) if isinstance(one, Mapping) else (name, one) for name, one in teachers]
+    return " + ".join(str(name) if weight is None else f"{weight} × {name}" for name, weight in named) or None
+
+
+def _share(value: Any) -> str | None:
+    return f"{value:.2%} of the weighted sum's" if isinstance(value, int | float) else None
 
 
 def _task(task: Mapping[str, Any]) -> str:

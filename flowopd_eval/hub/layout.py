@@ -28,7 +28,7 @@ from PIL import Image
 from flowopd_eval import store
 from flowopd_eval.hub.card import render_card
 from flowopd_eval.hub.licences import licence_files, licence_texts
-from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_paths
+from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_addresses, without_paths
 from flowopd_eval.hub.results import Results, claims_jsonl, read_results
 from flowopd_eval.hub.subject import RECIPE, Subject, Upstream
 from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
@@ -60,7 +60,7 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     files[SETTINGS_FILE] = json_bytes({"adapter_of": subject.base, "record": asdict(record)})
     if results.summaries:
         metrics = {"schema": store.SCHEMA, "adapter_sha256": subject.adapter.sha256}
-        files[METRICS] = json_bytes(metrics | {"metrics": without_paths(results.summaries)})
+        files[METRICS] = json_bytes(metrics | {"metrics": without_addresses(without_paths(results.summaries))})
         files[CLAIMS] = claims_jsonl(results.claims)
         files |= results.pictures
         files[SHEET] = sheet(list(results.pictures.values()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
 from flowopd_eval.hub.licences import binding, licence_of_folder, licence_of_repository
 from flowopd_eval.hub.repository import without_places
@@ -116,6 +117,7 @@ def read_subject(source: str, there: There | None = None) -> Subject:
     place = spec.adapter if spec and spec.adapter else source
     adapter = load_adapter(place)
     folder = None if place.startswith(("hub:", MERGE)) else _folder(Path(place))
+    _check_files(place, adapter.source)
     making = _making(folder) if folder else {}
     recipe: Mapping[str, Any] = making.get("recipe", {})
     if place.startswith(MERGE):
@@ -126,7 +128,7 @@ def read_subject(source: str, there: There | None = None) -> Subject:
     family = _family(adapter, str(declared))
     before = there.settings if there and there.adapter_sha256 == adapter.sha256 else {}
     record, record_from = _record(spec, settings, origin, family, recipe, before)
-    upstream = _upstream(recipe, {str(folder)})
+    upstream = _upstream(recipe, making.get("file", RECIPE), {str(folder)})
     if place.startswith("hub:"):
         upstream = (Upstream(adapter.source, AGAIN, licence_of_repository(adapter.source)), *upstream)
     elif folder and (licence := licence_of_folder(folder)):
@@ -141,6 +143,17 @@ def read_subject(source: str, there: There | None = None) -> Subject:
         without_places(making.get("run", {})),
         upstream,
     )
+
+
+def _check_files(place: str, resolved: str) -> None:
+    """Raises ``RequestError`` where a folder or repository holds two adapters by the two names of one."""
+    from flowopd_eval.adapters import disagreement
+
+    where = Path(place)
+    if place.startswith("hub:"):
+        where = fetch_files(resolved, ["*.safetensors", "adapter_config.json"])[0]
+    if not place.startswith(MERGE) and where.is_dir() and (how := disagreement(where)):
+        raise RequestError(f"{place}: {how}. Remove the one that is not meant, or name the file that is.")
 
 
 def _settings(origin: str | None) -> Mapping[str, Any]:
@@ -164,11 +177,11 @@ def _folder(place: Path) -> Path:
 
 
 def _making(folder: Path) -> dict[str, Any]:
-    """What `python -m training` or `merge` left beside an adapter: ``recipe``, and of a run that ended ``run``."""
+    """What `python -m training` or `merge` left beside an adapter: ``recipe``, its ``file``, and ``run`` of one that ended."""
     run = folder.parent.parent if folder.parent.name == "snapshots" else folder.parent
     for place in (folder, run):
         if (place / RECIPE).is_file():
-            made: dict[str, Any] = {"recipe": _read(place / RECIPE)}
+            made: dict[str, Any] = {"recipe": _read(place / RECIPE), "file": str(place / RECIPE)}
             finished = _read(place / "run.json") if (place / "run.json").is_file() else {}
             if folder.parent.name == "snapshots":
                 return made | {"run": {"taken": f"on the way, {folder.name}"}}
@@ -182,7 +195,7 @@ def _making(folder: Path) -> dict[str, Any]:
         if (place / _MERGE_REPORT).is_file():
             found = _read(place / _MERGE_REPORT)
             recipe = found.pop("recipe", {})
-            return {"recipe": {"stage": "merge", **recipe}, "run": found}
+            return {"recipe": {"stage": "merge", **recipe}, "run": found, "file": str(place / _MERGE_REPORT)}
     return {}
 
 
@@ -266,7 +279,7 @@ def _record(
 # ----------------------------------------------------------------------------------------------------------- upstream
 
 
-def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]:
+def _upstream(recipe: Mapping[str, Any], file: str, seen: set[str]) -> tuple[Upstream, ...]:
     """The adapters on the Hub that a recipe starts from, merges or learns from; those of local ones' recipes too."""
     found: dict[str, Upstream] = {}
     for source, role in _sources(recipe):
@@ -277,15 +290,16 @@ def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]
             elif place not in seen:
                 if not Path(place).exists():
                     raise RequestError(
-                        f"The recipe names {place!r} ({role}), which is not here, so nobody can tell what it was made "
-                        "from: push from the folder in which it was trained, or correct recipe.json. Nothing was sent."
+                        f"{file} names {place!r} ({role}), which is not here, so nobody can tell what it was made "
+                        f"from: push from the folder in which it was made, or correct {file}. Nothing was sent."
                     )
                 seen.add(place)
                 folder = _folder(Path(place))
                 if licence := licence_of_folder(folder):
                     found[place] = Upstream(folder.resolve().name, role, licence, folder)
-                further = _making(folder).get("recipe", {})
-                found |= {one.source: one for one in _upstream(further, seen)}
+                further = _making(folder)
+                theirs = _upstream(further.get("recipe", {}), further.get("file", RECIPE), seen)
+                found |= {one.source: one for one in theirs}
     return tuple(found.values())
 
 

@@ -11,14 +11,16 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from loopback_hub import Stored
 from random_adapters import random_adapter
+from safetensors.torch import load_file, save_file
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.hub.licences import licence_files
-from flowopd_eval.hub.repository import Repository, refuse_secrets, without_paths, without_places
+from flowopd_eval.hub.repository import Repository, refuse_secrets, without_addresses, without_paths, without_places
 from flowopd_eval.hub.results import _check_backbone
 from flowopd_eval.hub.subject import read_subject, skeleton
 from flowopd_eval.hub.there import There, explained
@@ -314,10 +316,36 @@ def test_other_weights_at_the_same_place_get_no_record_of_the_earlier_ones(gentl
     assert "its recipe, of stage 'merge', names no guidance" in other.record_from
 
 
-def test_a_hub_that_is_not_there_has_been_sent_nothing(monkeypatch):
-    with pytest.raises(WorkError, match=r"^The Hub at http.* could not be reached \(ConnectError\). Nothing was sent"):
-        with explained("me/a"):
-            raise httpx.ConnectError("no")
+def test_a_hub_that_is_not_there_has_been_sent_nothing():
+    why = r"^The Hub at http.* could not be reached \(ConnectError\). Nothing was sent"
+    with pytest.raises(WorkError, match=why), explained("me/a"):
+        raise httpx.ConnectError("no")
+
+
+def test_two_files_that_are_two_adapters_are_refused(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    half = {key: value.to(torch.bfloat16) for key, value in load_file(tmp_path / WEIGHTS[0]).items()}
+    save_file(half, tmp_path / WEIGHTS[0])
+    read_subject(str(tmp_path))  # rounded, it is the same
+    key = next(key for key in half if "lora_B" in key)
+    half[key][0, 0] += 1
+    save_file(half, tmp_path / WEIGHTS[0])
+    with pytest.raises(RequestError, match=f"{WEIGHTS[1]} and {WEIGHTS[0]} differ: the change of .* by up to"):
+        read_subject(str(tmp_path))
+    read_subject(str(tmp_path / WEIGHTS[1]))  # named, it is the one that is meant
+
+
+def test_the_file_that_a_merge_leaves_is_called_by_its_name(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "merge.json").write_text(json.dumps({"recipe": {"teachers": {"gone": 1.0}}}))
+    with pytest.raises(RequestError, match=r"merge.json names 'gone' \(merged\).* or correct .*merge.json") as refused:
+        read_subject(str(tmp_path))
+    assert "recipe.json" not in str(refused.value)
+
+
+def test_a_judges_address_stays_at_home():
+    scorer = {"judge": "a-model", "url": "http://10.0.0.7:8000/v1", "parts": [{"url": "x", "n": 1}]}
+    assert without_addresses({"scorer": scorer}) == {"scorer": {"judge": "a-model", "parts": [{"n": 1}]}}
 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(machine, hub, trained):
@@ -514,7 +542,7 @@ def edited(run, tmp_path, **changes):
     ("changes", "why"),
     [
         ({"base_sha256": "0" * 64}, "was drawn on another backbone than tiny:base"),
-        ({"partial": "--limit 3"}, "is partial, which a model card would not tell"),
+        ({"partial": "--limit 3"}, "--limit 3. Evaluate all of --bench quality into another --out, and give that."),
         ({"key": "geneval"}, "never comparable"),
     ],
 )
