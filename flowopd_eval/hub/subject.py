@@ -177,7 +177,7 @@ def _folder(place: Path) -> Path:
 
 
 def _making(folder: Path) -> dict[str, Any]:
-    """What `python -m training` or `merge` left beside an adapter: ``recipe``, its ``file``, and ``run`` of one that ended."""
+    """What training or a merge left beside an adapter: ``recipe``, its ``file``, and ``run`` of one that ended."""
     run = folder.parent.parent if folder.parent.name == "snapshots" else folder.parent
     for place in (folder, run):
         if (place / RECIPE).is_file():
