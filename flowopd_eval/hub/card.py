@@ -23,8 +23,8 @@ _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that
 
 
 # What Markdown (CommonMark, GitHub's and the Hub's) takes for a mark in the middle of a line, and what only begins one.
-_MARKS = re.compile(r"[\\`*\[\]<>|~$@]|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|:(?=//)|(?<=www)\.")
-_BEGINS = re.compile(r"^(\d*)([#+.)=-])")
+_MARKS = re.compile(r"[\\`*\[\]<>|~$]|@(?=[\w-]+\.)|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|:(?=//)|(?<=www)\.")
+_BEGINS = re.compile(r"^(\d*)([#+.)=-])(?=[\s#=-]|$)")
 
 
 def _text(value: Any) -> str:
