@@ -11,7 +11,7 @@ import gradio as gr
 
 from app import cards
 from app.examples import EXAMPLES, example
-from app.picture import Saved, enlarged, read_comparison, write_comparison
+from app.picture import Saved, enlarged, file_name, read_comparison, write_comparison
 from app.session import Drawn, Session, Step, weights
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
 from app.wanted import GUIDANCE, SEED, STEPS, Wanted, shown, steps_in_words, wanted
@@ -200,7 +200,7 @@ class CompareTab:
                 {name: one.scores for name, one in good.items()},
                 cards.lines(drawn),
             )
-            file = saved_file(png, f"flow-opd-{request.seed}.png")
+            file = saved_file(png, file_name(request))
         remark = self._remark(self.session.unknown_words(request.prompt))
         failed = f"{len(drawn) - len(good)} of {len(drawn)} could not be drawn." if len(good) < len(drawn) else ""
         words = " ".join(filter(None, (stopped, failed, remark)))
@@ -274,7 +274,8 @@ class CompareTab:
 
     def _cards(self, request: Wanted, drawn: Sequence[Drawn], drawing: bool) -> str:
         asked = [self.session.arms[name] for name in request.arms]
-        seats = [] if drawing else self.session.panel.seats(request.prompt)
+        # Where nothing was drawn there was nothing to judge.
+        seats = self.session.panel.seats(request.prompt) if not drawing and any(one.picture for one in drawn) else []
         return cards.comparison(request.prompt, asked, drawn, seats, drawing=drawing)
 
 
