@@ -140,9 +140,15 @@ def lines(drawn: Sequence[Drawn]) -> dict[str, list[tuple[str, bool]]]:
 
 
 def comparison(
-    prompt: str, asked: Sequence[Arm], drawn: Sequence[Drawn], seats: Sequence[Seat], *, drawing: bool
+    prompt: str,
+    asked: Sequence[Arm],
+    drawn: Sequence[Drawn],
+    seats: Sequence[Seat],
+    *,
+    drawing: bool,
+    earlier: str = "",
 ) -> str:
-    """All arms: drawn, being drawn, waiting, or failed."""
+    """All arms: drawn, being drawn, waiting, or failed; ``earlier`` says what they were drawn for, if not for this."""
     done = {one.arm: one for one in drawn}
     top = best({one.arm: one.scores for one in drawn})
     current = next((arm.name for arm in asked if arm.name not in done), None) if drawing else None
@@ -151,7 +157,9 @@ def comparison(
     toggle = '<label class="toggle"><input type="checkbox" checked> Show what the judge saw</label>' if seen else ""
     grid = f'<div class="cards n{len(cards)}">{"".join(cards)}</div>'
     absent = "" if drawing else _absent(seats)
-    return f'<section class="results" aria-label="Pictures">{toggle}{grid}{absent}</section>'
+    was = f'<p class="asked">{escape(earlier)}</p>' if earlier else ""
+    kind = "results earlier" if earlier else "results"
+    return f'<section class="{kind}" aria-label="Pictures">{was}{toggle}{grid}{absent}</section>'
 
 
 def _card(prompt: str, arm: Arm, one: Drawn | None, top: Mapping[str, set[str]], drawing: bool, going: bool) -> str:
