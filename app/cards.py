@@ -56,7 +56,8 @@ def framed(picture: Image.Image, alt: str, marks: Sequence[Mapping[str, Any]] = 
     """A picture, enlarged by a whole factor where it is small, with the boxes of ``marks`` over it."""
     small = picture.width < _SMALL
     labels = list(dict.fromkeys(map(_named, marks)))
-    drawn, listed, taken = "", "", []
+    drawn, listed = "", ""
+    taken: list[tuple[float, float]] = []
     for number, mark in enumerate(marks, 1):
         edges = _edges(mark, picture.size)
         taken.append(_free(edges, taken))

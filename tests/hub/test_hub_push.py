@@ -173,7 +173,7 @@ def test_what_is_pushed_again_keeps_its_sampling_record(machine, hub, gentle, pu
 @pytest.mark.parametrize(
     ("files", "guidance", "origin"),
     [
-        ({}, 4.5, "usual, as there is no flow_opd.json and no recipe"),
+        ({}, 4.5, "usual, as no flow_opd.json lies with the adapter, and it has no recipe"),
         ({"recipe.json": {"stage": "nft", "guidance": 2.5}}, 2.5, "the recipe's guidance"),
         ({"flow_opd.json": {"record": {"steps": 3}, "experts": []}}, 4.5, "usual"),  # of a saved pipeline
     ],
