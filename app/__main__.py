@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from flowopd_eval.errors import RequestError
-from flowopd_eval.terminal import status
 
 _VOTES = Path("runs/app/votes.sqlite")
 _RUNS = Path("runs")
@@ -40,26 +39,42 @@ def start(
 ) -> None:
     """Student against experts, in the browser."""
     _check(runs, host, port, dtype)
-    with status(f"loading {model} and its judges"):
-        from app import ui
-        from app.runs import Runs
-        from app.session import Lora, Session
-        from app.vote import Ballot
-        from flowopd_eval.job import device_of
+    _say(f"loading {model} and its judges; this may take a minute …")
+    from app import ui
+    from app.runs import Runs
+    from app.session import Lora, Session
+    from app.vote import Ballot
+    from flowopd_eval.job import device_of
 
-        loras = dict(Lora.named(text) for text in lora or ())
-        ballot, finished = Ballot(votes), Runs(runs or _RUNS)
-        if lacking := _lacking(model):
-            print(f"app: {lacking}", file=sys.stderr)
-            page = ui.start_page(model, lacking)
-        else:
-            page = ui.page(Session(model, loras, device_of(device), dtype), ballot, finished)
+    loras = dict(Lora.named(text) for text in lora or ())
+    ballot, finished = Ballot(votes), Runs(runs or _RUNS)
+    if lacking := _lacking(model):
+        _say(lacking)
+        page = ui.start_page(model, lacking)
+    else:
+        session = Session(model, loras, device_of(device), dtype)
+        page = ui.page(session, ballot, finished)
+        _say(f"models: {', '.join(arm.name for arm in session.ready)} of {model}")
+        _say(f"finished runs: {len(finished.names())} in {finished.root}")
+        _say(f"votes: {votes}")
     try:
-        ui.serve(page, host, port)
+        _, url, _ = ui.serve(page, host, port, quiet=True, prevent_thread_lock=True)
+        _say(f"open {url} in a browser; Ctrl+C ends the demo")
+        page.block_thread()
     except OSError as error:
         if "empty port" not in str(error):
             raise
         raise RequestError(_no_port(port)) from None
+
+
+def _say(text: str) -> None:
+    """A line for whoever started the demo, at once, also through a pipe."""
+    print(f"app: {text}", file=sys.stderr, flush=True)
+
+
+def _unasked(record: logging.LogRecord) -> bool:
+    """Not that a setting differs from the sampling record: here a visitor asked for it, and the page shows it."""
+    return not record.getMessage().endswith("in the model's sampling record.")
 
 
 def _check(runs: Path | None, host: str | None, port: int | None, dtype: str | None) -> None:
@@ -108,6 +123,7 @@ def _lacking(model: str) -> str:
 def run() -> None:
     """Entry point: errors become one message on stderr and an exit code."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="app: %(message)s")
+    logging.getLogger("flowopd_eval.pipeline").addFilter(_unasked)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:

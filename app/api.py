@@ -96,6 +96,7 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         side: int | None = None,
     ) -> Iterator[dict[str, Any]]:
         """Draw a prompt with several models from the same noise; null takes all models, or each model's own record."""
+        session.check_side(side)  # first: what this family draws, not what any family might
         names = [arm.name for arm in session.ready] if arms is None else arms
         request = session.check(
             wanted({"prompt": prompt, "seed": seed, "arms": names, "steps": steps, "guidance": guidance, "side": side})
@@ -141,7 +142,10 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         return {**saved.settings.model_dump(), **told}
 
     def vote_pair(prompt: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """Two pictures without names, and the ticket by which to vote on them."""
+        """Two pictures without names, and the ticket by which to vote on them.
+
+        No prompt, or an empty one: one of the examples. No seed: any.
+        """
         for event in polling.pair(polling.request(prompt, seed)):
             if isinstance(event, Pair):
                 both = {side: getattr(event, side).picture for side in ("left", "right")}
@@ -217,8 +221,14 @@ def _offer_runs(given: Runs | None) -> None:
         if verdict not in (None, *VERDICTS):
             raise RequestError(f"Verdict: expected {', '.join(VERDICTS)}, or null for any, but got {verdict!r}.")
         found = pictures(here().load(name))
+        _check_there("Model", model, [one.model for one in found])
+        _check_there("Key", key, [one.key for one in found])
+        _check_there("Task", task, [one.sample.task for one in found])
         left = chosen(found, model=model, key=key, task=task, said=verdict, disagree=disagree)
-        start = max(0, page) * _PAGE
+        pages = max(1, -(-len(left) // _PAGE))
+        if not isinstance(page, int) or not 0 <= page < pages:
+            raise RequestError(f"Page: expected a whole number from 0 to {pages - 1}, but got {shown(repr(page), 60)}.")
+        start = page * _PAGE
         listed = [
             {
                 **one.address,
@@ -243,6 +253,13 @@ def _offer_runs(given: Runs | None) -> None:
 
     for function in (runs, run, run_csv, run_comparison, run_pictures, run_picture):
         gr.api(_polite(function), api_name=function.__name__)
+
+
+def _check_there(field: str, value: Any, there: list[str]) -> None:
+    """Raises ``RequestError`` for a name that no picture of the run bears."""
+    names = list(dict.fromkeys(there))
+    if value not in (None, *names):
+        raise RequestError(f"{field}: expected {', '.join(names)}, or null for any, but got {shown(repr(value), 60)}.")
 
 
 def _drawn(one: Drawn) -> dict[str, Any]:

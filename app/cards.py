@@ -18,6 +18,7 @@ from flowopd_eval.store import flat
 if TYPE_CHECKING:
     from PIL import Image
 
+_NUMBER, _PLACES = 7.0, 14  # percent of a picture that a box's number is wide, at most; places tried along an edge
 _SMALL = 256  # pixels; larger pictures travel to the page as WebP, which a person cannot tell from them
 
 
@@ -54,26 +55,57 @@ def empty(title: str, text: str, command: str = "") -> str:
 def framed(picture: Image.Image, alt: str, marks: Sequence[Mapping[str, Any]] = ()) -> str:
     """A picture, enlarged by a whole factor where it is small, with the boxes of ``marks`` over it."""
     small = picture.width < _SMALL
-    labels = list(dict.fromkeys(mark["label"].rpartition(" ")[0] or mark["label"] for mark in marks))
-    drawn = "".join(_box(mark, picture.size, labels) for mark in marks)
-    return (
+    labels = list(dict.fromkeys(map(_named, marks)))
+    drawn, listed = "", ""
+    taken: list[tuple[float, float]] = []
+    for number, mark in enumerate(marks, 1):
+        edges = _edges(mark, picture.size)
+        taken.append(_free(edges, taken))
+        hue = f"c{labels.index(_named(mark)) % 6}"
+        drawn += _box(edges, hue, taken[-1], number)
+        listed += f'<li class="{hue}"><i>{number}</i>{escape(mark["label"])}</li>'
+    figure = (
         f'<figure class="frame{" small" if small else ""}" style="--side:{picture.width}px">'
         f'<img src="{data_url(picture)}" alt="{escape(alt)}" width="{picture.width}" height="{picture.height}">'
         f"{drawn}</figure>"
     )
+    return f'<div class="seen">{figure}<ol>{listed}</ol></div>' if marks else figure
 
 
-def _box(mark: Mapping[str, Any], size: tuple[int, int], labels: Sequence[str]) -> str:
-    (x1, y1, x2, y2), (width, height) = mark["box"], size
-    x1, x2 = (min(max(x, 0.0), width) for x in (x1, x2))
-    y1, y2 = (min(max(y, 0.0), height) for y in (y1, y2))
-    name = mark["label"].rpartition(" ")[0] or mark["label"]
-    sides = f"{'right' if x1 > width / 2 else ''} {'inside' if y1 < height / 9 else ''}"
-    place = (
-        f"left:{100 * x1 / width:.2f}%;top:{100 * y1 / height:.2f}%;"
-        f"width:{100 * (x2 - x1) / width:.2f}%;height:{100 * (y2 - y1) / height:.2f}%"
+def _named(mark: Mapping[str, Any]) -> str:
+    """What a box is said to hold, without how sure the judge is."""
+    return mark["label"].rpartition(" ")[0] or mark["label"]
+
+
+def _edges(mark: Mapping[str, Any], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a box in percent of the picture, within it."""
+    left, top, right, bottom = (
+        100 * min(max(edge / size[axis % 2], 0.0), 1.0) for axis, edge in enumerate(mark["box"])
     )
-    return f'<span class="box c{labels.index(name) % 6} {sides}" style="{place}"><i>{escape(mark["label"])}</i></span>'
+    return left, top, right, bottom
+
+
+def _free(edges: tuple[float, float, float, float], taken: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Where a box's number stands: at the corner, or along the edges, nearest to the first that is not taken."""
+    left, top, right, bottom = edges
+    last = 100 - _NUMBER
+    places = [(left, top), (right - _NUMBER, top), (left, bottom - _NUMBER), (right - _NUMBER, bottom - _NUMBER)]
+    places += [(left + part * _NUMBER, top) for part in range(1, _PLACES)]
+    places += [(left, top + part * _NUMBER) for part in range(1, _PLACES)]
+    inside = [(min(max(x, 0.0), last), min(max(y, 0.0), last)) for x, y in places]
+    for x, y in inside:
+        if all(abs(x - other_x) >= _NUMBER or abs(y - other_y) >= _NUMBER for other_x, other_y in taken):
+            return x, y
+    return inside[0]
+
+
+def _box(edges: tuple[float, float, float, float], hue: str, place: tuple[float, float], number: int) -> str:
+    left, top, right, bottom = edges
+    return (
+        f'<span class="box {hue}" style="left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;'
+        f'height:{bottom - top:.2f}%"></span>'
+        f'<i class="number {hue}" style="left:{place[0]:.2f}%;top:{place[1]:.2f}%">{number}</i>'
+    )
 
 
 # -------------------------------------------------------------------------------------------------------- comparison
@@ -109,9 +141,15 @@ def lines(drawn: Sequence[Drawn]) -> dict[str, list[tuple[str, bool]]]:
 
 
 def comparison(
-    prompt: str, asked: Sequence[Arm], drawn: Sequence[Drawn], seats: Sequence[Seat], *, drawing: bool
+    prompt: str,
+    asked: Sequence[Arm],
+    drawn: Sequence[Drawn],
+    seats: Sequence[Seat],
+    *,
+    drawing: bool,
+    earlier: str = "",
 ) -> str:
-    """All arms: drawn, being drawn, waiting, or failed."""
+    """All arms: drawn, being drawn, waiting, or failed; ``earlier`` says what they were drawn for, if not for this."""
     done = {one.arm: one for one in drawn}
     top = best({one.arm: one.scores for one in drawn})
     current = next((arm.name for arm in asked if arm.name not in done), None) if drawing else None
@@ -120,7 +158,9 @@ def comparison(
     toggle = '<label class="toggle"><input type="checkbox" checked> Show what the judge saw</label>' if seen else ""
     grid = f'<div class="cards n{len(cards)}">{"".join(cards)}</div>'
     absent = "" if drawing else _absent(seats)
-    return f'<section class="results" aria-label="Pictures">{toggle}{grid}{absent}</section>'
+    was = f'<p class="asked">{escape(earlier)}</p>' if earlier else ""
+    kind = "results earlier" if earlier else "results"
+    return f'<section class="{kind}" aria-label="Pictures">{was}{toggle}{grid}{absent}</section>'
 
 
 def _card(prompt: str, arm: Arm, one: Drawn | None, top: Mapping[str, set[str]], drawing: bool, going: bool) -> str:
@@ -158,9 +198,18 @@ def _absent(seats: Sequence[Seat]) -> str:
     silent = [seat for seat in seats if seat.scorer is None]
     if not silent:
         return ""
-    rows = "".join(f"<li><b>{seat.title}</b>: {escape(seat.absent)}</li>" for seat in silent)
+    rows = "".join(f"<li><b>{seat.title}</b>: {_with_code(seat.absent)}</li>" for seat in silent)
     names = ", ".join(seat.title for seat in silent)
     return f'<details class="absent"><summary>Not judged: {names}</summary><ul>{rows}</ul></details>'
+
+
+def _with_code(text: str) -> str:
+    """``text`` with what stands between backticks as code, broken between words and not within an option."""
+    plain, *rest = escape(text).split("`")
+    if len(rest) % 2:
+        return escape(text)
+    words = [" ".join(f"<span>{word}</span>" for word in command.split()) for command in rest[::2]]
+    return plain + "".join(f"<code>{code}</code>{after}" for code, after in zip(words, rest[1::2], strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- tables and intervals

@@ -11,7 +11,7 @@ import gradio as gr
 
 from app import cards
 from app.examples import EXAMPLES, example
-from app.picture import Saved, enlarged, read_comparison, write_comparison
+from app.picture import Saved, enlarged, file_name, read_comparison, write_comparison
 from app.session import Drawn, Session, Step, weights
 from app.told import DRAWING, in_words, on_a_shared_gpu, saved_file
 from app.wanted import GUIDANCE, SEED, STEPS, Wanted, shown, steps_in_words, wanted
@@ -128,7 +128,7 @@ class CompareTab:
         drawing = gr.on(
             begun,
             on_a_shared_gpu(self.compare),
-            asked,
+            [*asked, self.results],
             shown,
             show_progress="minimal",
             show_progress_on=[self.status],
@@ -150,20 +150,21 @@ class CompareTab:
             chip.click(lambda now, task=task: example(self.objects, task, now), self.prompt, self.prompt, **at_once)
         self.dropped.upload(
             self.restore,
-            self.dropped,
-            [self.status, *asked],
+            [self.dropped, self.results],
+            [self.status, *asked, self.grid],
             **at_once,
         )
 
-    def compare(self, *asked_for: Any) -> Iterator[tuple[Any, ...]]:
+    def compare(self, *asked_and_results: Any) -> Iterator[tuple[Any, ...]]:
         """Draw, a picture at a time."""
         idle = (gr.update(visible=False), gr.update(visible=False), *[gr.skip()] * 3)
+        *asked_for, results = asked_and_results
         drawn: list[Drawn] = []
-        request = None
         try:
             request = self.request(*asked_for)
             asked = [self.session.arms[name] for name in request.arms]
-            yield cards.notice("Starting…"), self._cards(request, drawn, True), *idle, (request, []), *[gr.skip()] * 2
+            results = (request, [])
+            yield cards.notice("Starting…"), self._cards(request, drawn, True), *idle, results, *[gr.skip()] * 2
             for event in self.session.draw(request):
                 if isinstance(event, Step):
                     at = len(drawn) * event.steps + event.done
@@ -172,10 +173,10 @@ class CompareTab:
                     yield cards.progress(text, at, event.steps * len(asked)), *[gr.skip()] * 9
                 else:
                     drawn.append(event)
-                    done = (request, list(drawn))
-                    yield gr.skip(), self._cards(request, drawn, True), *[gr.skip()] * 5, done, *[gr.skip()] * 2
+                    results = (request, list(drawn))
+                    yield gr.skip(), self._cards(request, drawn, True), *[gr.skip()] * 5, results, *[gr.skip()] * 2
         except Exception as error:
-            yield cards.notice(in_words(error), "bad"), *[gr.skip()] * 7, *_idle()
+            yield cards.notice(in_words(error), "bad"), self._earlier(results), *[gr.skip()] * 6, *_idle()
             return
         yield self._finished(request, drawn, "")
 
@@ -200,7 +201,7 @@ class CompareTab:
                 {name: one.scores for name, one in good.items()},
                 cards.lines(drawn),
             )
-            file = saved_file(png, f"flow-opd-{request.seed}.png")
+            file = saved_file(png, file_name(request))
         remark = self._remark(self.session.unknown_words(request.prompt))
         failed = f"{len(drawn) - len(good)} of {len(drawn)} could not be drawn." if len(good) < len(drawn) else ""
         words = " ".join(filter(None, (stopped, failed, remark)))
@@ -222,15 +223,15 @@ class CompareTab:
         good = {one.arm: one for one in (results[1] if results else []) if one.picture is not None}
         return _laid(good, left, right)
 
-    def restore(self, file: str | None) -> tuple[Any, ...]:
+    def restore(self, file: str | None, results: tuple[Wanted, list[Drawn]] | None) -> tuple[Any, ...]:
         """Every setting out of a saved comparison."""
         if file is None:
-            return (gr.skip(),) * 9
+            return (gr.skip(),) * 10
         try:
             saved = read_comparison(Path(file))
             found = restorable(self.session, saved)
         except Exception as error:
-            return cards.notice(in_words(error), "bad"), *[gr.skip()] * 8
+            return cards.notice(in_words(error), "bad"), *[gr.skip()] * 8, self._earlier(results)
         asked, base = saved.settings, self.session.family.record
         return (
             cards.notice(found.words, "bad" if found.changed else "good"),
@@ -242,6 +243,7 @@ class CompareTab:
             asked.guidance is None,
             base.guidance if asked.guidance is None else asked.guidance,
             asked.side or base.width,
+            self._earlier(results),
         )
 
     def request(
@@ -272,10 +274,18 @@ class CompareTab:
         were = "it was" if len(unknown) == 1 else "they were"
         return f"The miniature never saw {', '.join(unknown[:8])}: it draws as if {were} not there."
 
-    def _cards(self, request: Wanted, drawn: Sequence[Drawn], drawing: bool) -> str:
+    def _earlier(self, results: tuple[Wanted, list[Drawn]] | None) -> Any:
+        """The pictures there are, dimmed and with their prompt: a new message stands above them, and not of them."""
+        if results is None:
+            return gr.skip()
+        request, drawn = results
+        return self._cards(request, drawn, False, f"Drawn earlier: {request.prompt}, seed {request.seed}")
+
+    def _cards(self, request: Wanted, drawn: Sequence[Drawn], drawing: bool, earlier: str = "") -> str:
         asked = [self.session.arms[name] for name in request.arms]
-        seats = [] if drawing else self.session.panel.seats(request.prompt)
-        return cards.comparison(request.prompt, asked, drawn, seats, drawing=drawing)
+        # Where nothing was drawn there was nothing to judge.
+        seats = self.session.panel.seats(request.prompt) if not drawing and any(one.picture for one in drawn) else []
+        return cards.comparison(request.prompt, asked, drawn, seats, drawing=drawing, earlier=earlier)
 
 
 def _idle() -> tuple[Any, Any]:

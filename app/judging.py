@@ -119,7 +119,7 @@ def _check_cached() -> None:
         except LocalEntryNotFoundError:
             complete = False
         if not complete:
-            raise Unavailable(f"its weights are not on this machine. To provide them: {need.command}")
+            raise Unavailable(f"its weights (4 GB) are not on this machine. To provide them: `{need.command}`")
 
 
 def scores(seats: Sequence[Seat], picture: Image.Image) -> dict[str, Score]:

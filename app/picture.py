@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
@@ -21,6 +22,7 @@ from flowopd_eval.store import read_picture
 
 CHUNK = "flow-opd-comparison"  # keyword of the iTXt chunk
 _LARGEST = 32 * 2**20  # bytes of a file that is opened at all
+_SLUG = 40  # letters of the prompt in the name of a saved file
 _CELL = 320  # pixels a picture has at least
 _INK, _GREY, _PAPER, _LINE = (26, 26, 30), (98, 98, 108), (255, 255, 255), (222, 222, 228)
 _BEST = (20, 122, 82)
@@ -76,6 +78,12 @@ def write_comparison(
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", pnginfo=chunks, optimize=True)
     return buffer.getvalue()
+
+
+def file_name(settings: Wanted) -> str:
+    """What a comparison is called when it is saved: its prompt's first words and its seed."""
+    words = re.sub(r"[^a-z0-9]+", "-", settings.prompt.lower()).strip("-")[:_SLUG].rstrip("-")
+    return "-".join(filter(None, ("flow-opd", words, str(settings.seed)))) + ".png"
 
 
 def read_comparison(path: Path) -> Saved:

@@ -17,6 +17,7 @@ from flowopd_eval.compare import Result, compare_runs
 from flowopd_eval.errors import RequestError
 from flowopd_eval.export import Results, comma_separated
 from flowopd_eval.gallery import change
+from flowopd_eval.quiet import printable
 from flowopd_eval.records import Sample
 from flowopd_eval.report import Entry, Run, boxes, load_run, metrics_of, verdict
 from flowopd_eval.store import BenchFolder
@@ -91,10 +92,17 @@ class Runs:
     def compare(self, name: str) -> Result:
         """Every model of a run beside its first, each drawn by its own record: what differs in it is a warning.
 
-        Raises as :func:`flowopd_eval.compare.compare_runs`.
+        Raises as :func:`flowopd_eval.compare.compare_runs`; of a run drawn in part, every part is named at once.
         """
         if name not in self.names():
             raise RequestError(f"There is no run {name!r} here.")
+        asked = [folder.request() for folder in store.bench_folders(self.root / name)]
+        parts = [printable(f"{one['model']} on {one['key']} ({one['partial']})") for one in asked if one["partial"]]
+        if parts:
+            raise RequestError(
+                f"a part of a bench says nothing of the whole, and only a part was drawn of {', '.join(parts)}. "
+                "Evaluate again without --limit, --tasks and --prompts into another --out."
+            )
         return compare_runs([self.root / name], across="record")
 
     def csv(self, name: str) -> str:

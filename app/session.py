@@ -185,10 +185,14 @@ class Session:
                 raise RequestError(f"Models: there is no model {name!r} here; there are: {', '.join(self.arms)}.")
             if problem := self.arms[name].problem:
                 raise RequestError(f"Models: {name} is not available: {problem}")
-        if request.side not in (None, *self.sides):
-            choice = ", ".join(map(str, self.sides))
-            raise RequestError(f"Side: this family draws {choice} pixels, but got {request.side}.")
+        self.check_side(request.side)
         return request.model_copy(update={"arms": tuple(name for name in self.arms if name in request.arms)})
+
+    def check_side(self, side: Any) -> None:
+        """Raises ``RequestError`` for a height and width that this family does not draw."""
+        if side not in (None, *self.sides):
+            choice = ", ".join(map(str, self.sides))
+            raise RequestError(f"Side: this family draws {choice} pixels, but got {shown(repr(side), 60)}.")
 
     def record(self, name: str, request: Wanted) -> SamplingRecord:
         """The sampling record by which an arm answers a request: its own, but for what the request says."""

@@ -50,7 +50,9 @@ class Polling:
         prompts = [one for each in EXAMPLES[self.session.family.objects].values() for one in each]
         return wanted(
             {
-                "prompt": prompt or random.choice(prompts),
+                "prompt": random.choice(prompts)
+                if isinstance(prompt, str | None) and not (prompt or "").strip()
+                else prompt,
                 "seed": random.randrange(SEED + 1) if seed is None else seed,
                 "arms": random.sample(ready, 2),
             }
@@ -153,7 +155,7 @@ class VoteTab:
         """Draw a pair, and show it when both are there: who comes first would tell."""
         off = [gr.update(interactive=False)] * 3
         try:
-            request = self.polling.request(" ".join((prompt or "").split()) or None, None)
+            request = self.polling.request(prompt, None)
             yield cards.notice("Starting…"), _side_by_side(request.prompt, None, None), *off, None
             for event in self.polling.pair(request):
                 if isinstance(event, Pair):

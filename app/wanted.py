@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from flowopd_eval.errors import RequestError
-from flowopd_eval.quiet import printable
 
 PROMPT, ARMS, STEPS, GUIDANCE, SEED = 400, 8, 100, 20.0, 2**32 - 1
 SIDES = {"shapes": (64,), "coco": (256, 384, 512, 640, 768, 1024)}  # pixels; the miniature draws one size
@@ -50,8 +49,13 @@ class Wanted(BaseModel):
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_line(cls, value: object) -> object:
-        """White space, line ends among it, is one space; no control character goes further."""
-        return printable(" ".join(value.split())) if isinstance(value, str) else value
+        """White space, line ends among it, is one space; a character that is not seen is refused, not replaced."""
+        if not isinstance(value, str):
+            return value
+        text = " ".join(value.split())
+        if unseen := dict.fromkeys(f"U+{ord(one):04X}" for one in text if not one.isprintable()):
+            raise ValueError(f"remove the characters that cannot be seen: {', '.join(list(unseen)[:8])}")
+        return text
 
     @field_validator("arms")
     @classmethod

@@ -515,7 +515,11 @@ def find_bench(flag: str, objects: str) -> Bench:
                 return bench
         objects = "coco"
     if flag not in flags:
-        raise RequestError(f"Unknown bench {flag!r}; known: {', '.join(flags)}. `flowopd-eval benches` describes them.")
+        known = next((f"That is a metric's key: the bench is {b.flag!r}. " for b in BENCHES if b.key == flag), "")
+        raise RequestError(
+            f"Unknown bench {flag!r}; known: {', '.join([*flags, PAPER])}. {known}"
+            "`flowopd-eval benches` describes them."
+        )
     for bench in BENCHES:
         if bench.flag == flag and bench.objects in (objects, ANYTHING):
             return bench

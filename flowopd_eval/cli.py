@@ -453,8 +453,9 @@ def merge(
     weighted = [(read_adapter(source), weight) for source, weight in map(_weighted_source, parts)]
     merged, merge_report = merge_adapters(weighted, rank=rank, method=method)
     write_adapter(merged, out)
-    made = {"stage": "merge", "teachers": {adapter.source: weight for adapter, weight in weighted}}
-    store.write_json(out / "recipe.json", {**made, "rank": merged.rank, "method": method})  # `push` puts it on the card
+    made: dict[str, object] = {"stage": "merge", "teachers": {adapter.source: weight for adapter, weight in weighted}}
+    made |= {"rank": merged.rank, "method": method, "discarded_energy": merge_report.discarded_energy}
+    store.write_json(out / "recipe.json", made)  # `push` puts it on the card
     size = f"{len(merged.factors)} modules at rank {merged.rank}"
     typer.echo(f"{size}; {merge_report.discarded_energy:.2%} of the energy discarded. Written to {out}.")
 

@@ -114,7 +114,10 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise RequestError(f"{repo} has no revision {revision!r}; name a branch, a tag or a commit.") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise RequestError(f"There is no repository {repo!r} on the Hub that this token may see.") from error
+        from huggingface_hub import get_token
+
+        seen = "this token may see." if get_token() else "can be seen without a token: correct the name, or log in."
+        raise RequestError(f"There is no repository {repo!r} on the Hub that {seen}") from error
     except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:  # HTTPError: also of no connection at all
         raise RequestError(
             f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in the local cache. Check the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ import typer
 
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.job import device_of
+from flowopd_eval.quiet import quiet_hub
 from flowopd_eval.terminal import progress_bar, status
 
 if TYPE_CHECKING:
@@ -35,15 +37,19 @@ def push(
     from huggingface_hub.utils import disable_progress_bars
 
     from flowopd_eval.hub.layout import METRICS
-    from flowopd_eval.hub.push import stage, upload
-    from flowopd_eval.hub.there import look, refuse
+    from flowopd_eval.hub.push import asked, stage, upload
+    from flowopd_eval.hub.there import check_token, look, refuse
 
     disable_progress_bars()  # one for each of dozens of pictures
-    with TemporaryDirectory(prefix="flowopd-push-") as scratch:
+    with quiet_hub(), TemporaryDirectory(prefix="flowopd-push-") as scratch:
         with status("checking what is to be published"):
-            repository = stage(source, name, runs or [], Path(scratch))
-            there = (_guess if dry_run else look)(name, repository.kind)
+            kind = asked(source, name, runs or [])
+            if not dry_run:
+                check_token(name)
+            there = (_guess if dry_run else look)(name, kind)
+            repository = stage(source, name, runs or [], Path(scratch), there)
         _show(repository, name, there, public)
+        _tell_lost_scores(there, repository, bool(runs))
         refuse(there, repository, name, public=public)
         if dry_run:
             typer.echo("Dry run: nothing was sent.")
@@ -59,17 +65,23 @@ def push(
 
 def _guess(name: str, kind: Kind) -> There:
     """What lies at ``name``, for a dry run, which needs no Hub: where it cannot be asked, nothing, with a word."""
-    from flowopd_eval.hub.there import There, look
+    from huggingface_hub import get_token
+
+    from flowopd_eval.hub.there import NO_TOKEN, There, look
 
     try:
-        return look(name, kind)
+        found = look(name, kind)
+        if found.commit or get_token():
+            return found
+        why = f"there is none that can be seen without a Hub token; {NO_TOKEN}."
     except (RequestError, WorkError) as error:
-        typer.echo(f"What lies at {name} is not known, nor what would be removed there: {error}", err=True)
-        return There()
+        why = str(error)
+    typer.echo(f"What lies at {name} is not known, nor what would be removed there: {why}", err=True)
+    return There()
 
 
 def _show(repository: Repository, name: str, there: There, public: bool) -> None:
-    """Every file with its size, and every one that goes, before anything is sent."""
+    """Every file with its size and whether it is new there, and every one that goes, before anything is sent."""
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
@@ -77,22 +89,50 @@ def _show(repository: Repository, name: str, there: There, public: bool) -> None
 
     from flowopd_eval.hub.there import removals
 
-    sizes = {path: repository.size(path) for path in repository.files}
     typer.echo(f"{name}: {repository.kind}, {_visibility(there, public)}")
     table = Table(box=None, show_header=False)
     table.add_column(justify="right")
-    pictures = [path for path in sizes if path.endswith(".png") and "/" in path]
-    for path in sizes:
-        if len(pictures) <= 30 or path not in pictures:
-            table.add_row(decimal(sizes[path]), Text(path))
-    if len(pictures) > 30:
-        table.add_row(decimal(sum(sizes[path] for path in pictures)), f"{len(pictures):,} pictures")
-    table.add_row(decimal(sum(sizes.values())), f"in all, {len(sizes):,} files", style="bold")
+    for line, paths in _grouped(repository).items():
+        states = Counter(there.state(path, repository.files[path]) for path in paths)
+        told = next(iter(states)) if len(paths) == 1 else ", ".join(f"{n:,} {one}" for one, n in states.items() if one)
+        table.add_row(decimal(sum(map(repository.size, paths))), told, Text(line))
+    total = sum(map(repository.size, repository.files))
+    table.add_row(decimal(total), "", f"in all, {len(repository.files):,} files", style="bold")
     for path in removals(there, repository):
-        table.add_row("removed", Text(path))
+        table.add_row("removed", "", Text(path))
     Console().print(table)
     for note in repository.notes:
         typer.echo(note)
+
+
+def _grouped(repository: Repository) -> dict[str, list[str]]:
+    """The lines of the list, each with its files: of a folder with many, a single one; of a Space's every folder."""
+    parents = {
+        path: path.partition("/")[0] if repository.kind == "space" else str(Path(path).parent)
+        for path in repository.files
+    }
+    sizes, most = Counter(parents.values()), 3 if repository.kind == "space" else 30
+    lines: dict[str, list[str]] = {}
+    for path, parent in parents.items():
+        if "/" not in path or sizes[parent] <= most:
+            lines[path] = [path]
+            continue
+        what = "pictures" if all(one.endswith(".png") for one in parents if parents[one] == parent) else "files"
+        lines.setdefault(f"{sizes[parent]:,} {what} in {parent}/", []).append(path)
+    return lines
+
+
+def _tell_lost_scores(there: There, repository: Repository, runs: bool) -> None:
+    """That the card there shows scores, and the new one will not."""
+    from flowopd_eval.hub.there import lost_scores
+
+    if lost := ", ".join(lost_scores(there, repository)):
+        why = "none of what --run names holds them" if runs else "no --run"
+        typer.secho(
+            f"{why}: the card loses its scores of {lost}; give --run RUN to keep them.",
+            fg=typer.colors.YELLOW,
+            err=True,
+        )
 
 
 def _visibility(there: There, public: bool) -> str:
@@ -118,7 +158,7 @@ def verify(
     from flowopd_eval.hub import verify as verifying
 
     disable_progress_bars()
-    with progress_bar() as progress:
+    with quiet_hub(), progress_bar() as progress:
         source = f"hub:{name.removeprefix('hub:')}"
         resolved, verdicts = verifying.verify(source, pictures, device_of(device), progress)
     typer.echo(verifying.report(resolved, verdicts))

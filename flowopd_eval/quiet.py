@@ -28,6 +28,18 @@ def printable(text: str, keep: str = "") -> str:
 
 
 @contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Within: of the Hub's client errors alone, not what it makes of files that are not there or have not changed."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Within: no progress bars and no warnings of libraries (missing torchvision, unused components, deprecations)."""
     from diffusers.utils import logging as diffusers_logging

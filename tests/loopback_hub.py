@@ -53,6 +53,7 @@ class Hub:
     bodies: list[bytes] = field(default_factory=list)
     cuts: int = 0  # large files whose connection is cut in the middle
     spared: int = 0  # large files that arrive before those
+    role: str = "fineGrained"  # of the token
     busy: bool = False  # somebody else commits while files are sent
     endpoint: str = ""
     lock: Any = field(default_factory=threading.Lock)
@@ -105,6 +106,11 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             state.log.append(f"{self.command} {self.path}")
             if self.path == "/":
                 return self.answer(200)
+            if self.path == "/api/whoami-v2":
+                if not self.known():
+                    return self.answer(401, {"error": "Invalid username or password."})
+                who = {"name": "me", "orgs": [{"name": "us"}], "auth": {"accessToken": {"role": state.role}}}
+                return self.answer(200, who)
             key, name, rest = self.place()
             repo = state.repositories.get(key)
             if repo is None or (repo.private and not self.known()):
@@ -121,7 +127,7 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 tree = [{"type": "file", "path": n, "size": len(c), "oid": _oid(n, c)} for n, c in files.items()]
                 return self.answer(200, tree)
             if self.path.startswith("/api/"):
-                siblings = [{"rfilename": name} for name in files]
+                siblings = [{"rfilename": name} | self.blob(name, c, "blobs" in self.path) for name, c in files.items()]
                 return self.answer(200, {"id": name, "sha": commit, "private": repo.private, "siblings": siblings})
             if path not in files:
                 return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Repo_Commit=commit)
@@ -129,6 +135,13 @@ def _handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             return self.answer(200, content, ETag=f'"{hashlib.sha256(content).hexdigest()}"', X_Repo_Commit=commit)
 
         do_HEAD = do_GET
+
+        def blob(self, name: str, content: bytes, wanted: bool) -> dict[str, Any]:
+            if not wanted:
+                return {}
+            large = {"lfs": {"sha256": _oid(name, content), "size": len(content), "pointerSize": 1}}
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            return {"size": len(content), "blobId": git} | (large if name.endswith(LARGE) else {})
 
         # ------------------------------------------------------------------------------------------------- writing
         def known(self) -> bool:

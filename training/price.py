@@ -109,11 +109,11 @@ class Weightless(Policies):
         self.bank = AdapterBank(self.transformer, adapters, trainable={STUDENT: config.lora.scale})
         store(self.transformer, config, self.dtype)
         self.model = self.bank
-        self.experts = {name: self._expert(name, teacher, ranks[name], base) for name, teacher in wanted.items()}
+        self.experts = {name: self._weightless(name, teacher, ranks[name], base) for name, teacher in wanted.items()}
         self.base = Expert("base", None, None, base.record.guidance, base.record.text_length, None)
         self.embeddings = _NoEmbeddings(base)
 
-    def _expert(self, name: str, teacher: Teacher, rank: int | None, base: Architecture) -> Expert:
+    def _weightless(self, name: str, teacher: Teacher, rank: int | None, base: Architecture) -> Expert:
         own, whole = teacher_record(teacher, base.record), self._transformer(base) if rank == 0 else None
         return Expert(name, name if rank else None, whole, own.guidance, own.text_length, None)
 

@@ -1,7 +1,7 @@
 """LoRA adapters: read, check, merge, write; many on one backbone."""
 
 from flowopd_eval.adapters.adapter import Adapter, Factors, check_adapter, fresh_adapter
-from flowopd_eval.adapters.files import KNOWN_ALPHAS, read_adapter, write_adapter
+from flowopd_eval.adapters.files import KNOWN_ALPHAS, disagreement, read_adapter, write_adapter
 from flowopd_eval.adapters.merge import MergeReport, merge_adapters
 from flowopd_eval.adapters.rows import AdapterBank
 
@@ -12,6 +12,7 @@ __all__ = [
     "Factors",
     "MergeReport",
     "check_adapter",
+    "disagreement",
     "fresh_adapter",
     "merge_adapters",
     "read_adapter",

@@ -125,6 +125,36 @@ def read_adapter(source: str | Path, *, alpha: float | None = None) -> Adapter:
     return Adapter(factors, resolved, scale.alpha, scale.origin, file.sha256, declared)
 
 
+def disagreement(folder: Path) -> str | None:
+    """In words, how the two adapter files of a folder differ in what they change; None where they do not, or one lacks.
+
+    Other factors of the same product are no difference, nor is what rounding both factors to half precision does
+    (bfloat16: 2^-8 of each value, a little over 2^-7 of a product; below float16's smallest normal number, its step
+    of 2^-24).
+
+    Raises:
+        RequestError: as :func:`read_adapter`.
+    """
+    if not all((folder / name).is_file() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS)):
+        return None
+    peft, other = (read_adapter(folder / name).factors for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+    both = f"{PEFT_WEIGHTS} and {DIFFUSERS_WEIGHTS}"
+    if odd := peft.keys() ^ other.keys():
+        return f"{both} differ: {len(odd)} modules are in one of them alone: {listing(odd)}"
+    worst: tuple[float, str] | None = None
+    for name, (a, b) in peft.items():
+        a2, b2 = other[name]
+        if torch.equal(a, a2) and torch.equal(b, b2):
+            continue
+        if (a.shape[1], b.shape[0]) != (a2.shape[1], b2.shape[0]):
+            return f"{both} differ: {name} is of another shape"
+        far = (b @ a - b2 @ a2).abs()
+        allowed = 2**-6.9 * (b.abs() @ a.abs()) + 2**-24 * (a.abs().sum(0)[None] + b.abs().sum(1)[:, None])
+        if (far > allowed).any():
+            worst = max(worst or (0.0, ""), (float(far.max()), name))
+    return worst and f"{both} differ: the change of {worst[1]} by up to {worst[0]:.3g}"
+
+
 def _fetch(source: str | Path) -> tuple[Path, str]:
     """The local folder of a Hub repository's adapter files, and the source with the commit it was resolved to."""
     names = [PEFT_CONFIG, PEFT_WEIGHTS, DIFFUSERS_WEIGHTS]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from flowopd_eval.export import escape_markdown, model_index, protocol_and_engine
-from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY
+from flowopd_eval.benches import bench_by_key
+from flowopd_eval.export import model_index, protocol_and_engine
+from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, Licence, card_licence
 from flowopd_eval.hub.results import Claim, Results
+from flowopd_eval.quiet import printable
 
 if TYPE_CHECKING:
-    from flowopd_eval.hub.subject import Subject
+    from flowopd_eval.hub.subject import Subject, Upstream
     from flowopd_eval.records import SamplingRecord
 
 _JUDGED_BY = {"ocr": ("ocr", "sign_ocr"), "quality": ("shapes_quality",), "partial_credit": ("shapes_geneval",)}
@@ -19,10 +22,29 @@ _TAGS = ["lora", "flow-opd", "text-to-image"]
 _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that says "OPEN"'}
 
 
+# What Markdown (CommonMark, GitHub's and the Hub's) takes for a mark in the middle of a line, and what only begins one.
+_MARKS = re.compile(r"[\\`*\[\]<>|~$]|@(?=[\w-]+\.)|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|:(?=//)|(?<=www)\.")
+_BEGINS = re.compile(r"^(\d*)([#+.)=-])(?=[\s#=-]|$)")
+
+
+def _text(value: Any) -> str:
+    """``value`` on one line, so that it is shown as it is; only what would be a mark is escaped."""
+    line = printable(re.sub(r"\s+", " ", str(value)).strip())
+    return _BEGINS.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", line))
+
+
 def render_card(
-    subject: Subject, results: Results, record: SamplingRecord, name: str, provenance: Mapping[str, Any]
+    subject: Subject,
+    results: Results,
+    record: SamplingRecord,
+    name: str,
+    provenance: Mapping[str, Any],
+    texts: Mapping[Upstream, Collection[str]] = {},
 ) -> str:
-    """``README.md`` of the repository ``name``. Texts from runs and recipes are escaped."""
+    """``README.md`` of the repository ``name``. Texts from runs and recipes are escaped.
+
+    ``texts`` are the licences and notices of others that go along, by the adapter that they belong to.
+    """
     shown = [claim for claim in results.claims if claim.file]
     tiny = subject.family.name == "tiny"
     example = next((claim for claim in shown if claim.prompt), None)
@@ -41,12 +63,15 @@ def render_card(
         latent=(16, record.height // (4 if tiny else 8), record.width // (4 if tiny else 8)),
         device="cpu" if tiny else "cuda",
         tables=[_table(one) for one in results.summaries.values()],
+        bench=bench_by_key(next(iter(results.summaries), "geneval")).flag,
         shown=[_caption(number, claim) for number, claim in enumerate(shown, 1)],
         pictures=len(results.claims),
         recipe=_recipe(subject),
         trained_on=_rewards(subject) & set(results.summaries),
         provenance=provenance,
-        licence=LICENCES[subject.family.name],
+        licence=_licence(subject),
+        own_licence=LICENCES[subject.family.name],
+        texts=texts,
         powered_by=None if tiny else POWERED_BY,
         withheld=sorted(set(results.summaries) - set(OPEN_PROMPTS)),
     )
@@ -63,18 +88,23 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["text"] = escape_markdown
+    environment.filters["text"] = _text
     return environment.get_template(template).render(**context)
+
+
+def _licence(subject: Subject) -> Licence:
+    return card_licence(subject.family.name, [one.licence for one in subject.upstream if one.carried])
 
 
 def _metadata(subject: Subject, results: Results, name: str) -> str:
     from huggingface_hub import ModelCardData
 
-    licence = LICENCES[subject.family.name]
+    licence = _licence(subject)
     base: str | list[str] | None = None if subject.family.name == "tiny" else subject.family.base.removeprefix("hub:")
     relation = "adapter"
-    if subject.merged and subject.upstream:
-        base = [one.source.removeprefix("hub:").partition("@")[0] for one in subject.upstream]
+    parts = [one.source for one in subject.upstream if one.source.startswith("hub:")]
+    if subject.merged and parts:
+        base = [source.removeprefix("hub:").partition("@")[0] for source in parts]
         relation = "merge"
     index = model_index(name, list(results.summaries.values())) if results.summaries else {}
     data = ModelCardData(
@@ -108,7 +138,7 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
 def score_rows(summary: Mapping[str, Any]) -> list[str]:
     """The lines of a metric's table as the card writes them."""
     return [
-        f"| {escape_markdown(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
+        f"| {_text(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
         for task, value, low, high, n in _table(summary)["rows"]
     ]
 
@@ -133,9 +163,22 @@ def _recipe(subject: Subject) -> list[tuple[str, str]]:
         "objective": recipe.get("objective"),
         "weights": recipe.get("kl_weight"),
         "method": recipe.get("method"),
+        "merged from": _parts(recipe) if subject.merged else None,
+        "discarded energy": _share(recipe.get("discarded_energy", subject.training.get("discarded_energy"))),
     }
     rows |= {f"task {task['name']}": _task(task) for task in recipe.get("tasks") or ()}
     return [(key, str(value)) for key, value in rows.items() if value is not None]
+
+
+def _parts(recipe: Mapping[str, Any]) -> str | None:
+    """The adapters of a merge with their weights."""
+    teachers = (recipe.get("teachers") or {}).items()
+    named = [(one["source"], one.get("weight")) if isinstance(one, Mapping) else (name, one) for name, one in teachers]
+    return " + ".join(str(name) if weight is None else f"{weight} × {name}" for name, weight in named) or None
+
+
+def _share(value: Any) -> str | None:
+    return f"{value:.2%} of the weighted sum's" if isinstance(value, int | float) else None
 
 
 def _task(task: Mapping[str, Any]) -> str:

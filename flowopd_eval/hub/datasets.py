@@ -12,7 +12,7 @@ from flowopd_eval.errors import RequestError
 from flowopd_eval.export import Results, markdown
 from flowopd_eval.hub.card import render
 from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, open_prompts
-from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_paths
+from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_addresses, without_paths
 from flowopd_eval.hub.results import text_sha256
 from flowopd_eval.models import fetch_base, folder_sha256
 from flowopd_eval.report import Entry, load_run, metrics_of
@@ -36,8 +36,10 @@ def run_repository(out: Path, name: str) -> Repository:
         files |= _entry_files(entry)
         summaries.setdefault(entry.summary["model"], {})[entry.summary["bench"]] = entry.summary
     recorded = store.read_run(out)
-    files["run.json"] = json_bytes(without_paths({key: recorded[key] for key in ("schema", "note", "runs")}))
-    files["summary.json"] = json_bytes(without_paths({"schema": store.SCHEMA, "models": summaries}))
+    files["run.json"] = json_bytes(
+        without_addresses(without_paths({key: recorded[key] for key in ("schema", "note", "runs")}))
+    )
+    files["summary.json"] = json_bytes(without_addresses(without_paths({"schema": store.SCHEMA, "models": summaries})))
     files[CARD] = _card(run.note, summaries, name, list(files)).encode()
     return Repository("dataset", files)
 

@@ -9,6 +9,7 @@
     samples.jsonl, samples/, samples.png              every picture's seed, hash and score; some pictures; a sheet
     recipe.json, provenance.json                      how it was made, from what, with which versions
     LICENSE* and NOTICE                               what the backbone's licence asks for
+    upstream/                                         licences and notices of the adapters of others that are in it
     README.md                                         the card
     pushed.json                                       what the push wrote, for the next one (hub/there.py)
 """
@@ -26,10 +27,10 @@ from PIL import Image
 
 from flowopd_eval import store
 from flowopd_eval.hub.card import render_card
-from flowopd_eval.hub.licences import licence_files
-from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_paths
+from flowopd_eval.hub.licences import licence_files, licence_texts
+from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_addresses, without_paths
 from flowopd_eval.hub.results import Results, claims_jsonl, read_results
-from flowopd_eval.hub.subject import RECIPE, Subject
+from flowopd_eval.hub.subject import RECIPE, Subject, Upstream
 from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 
 METRICS, CLAIMS, SHEET, PROVENANCE = "metrics.json", "samples.jsonl", "samples.png", "provenance.json"
@@ -59,7 +60,7 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     files[SETTINGS_FILE] = json_bytes({"adapter_of": subject.base, "record": asdict(record)})
     if results.summaries:
         metrics = {"schema": store.SCHEMA, "adapter_sha256": subject.adapter.sha256}
-        files[METRICS] = json_bytes(metrics | {"metrics": without_paths(results.summaries)})
+        files[METRICS] = json_bytes(metrics | {"metrics": without_addresses(without_paths(results.summaries))})
         files[CLAIMS] = claims_jsonl(results.claims)
         files |= results.pictures
         files[SHEET] = sheet(list(results.pictures.values()))
@@ -68,8 +69,35 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     provenance = provenance_of(subject, results, runs)
     files[PROVENANCE] = json_bytes(provenance)
     files |= licence_files(subject.family.name, subject.change, subject.folder)
-    files[CARD] = render_card(subject, results, record, name, provenance).encode()
-    return Repository("model", files, notes=(f"Drawn with {_told(record)}: from {record_from}.",))
+    texts = _texts_of_others(subject, files)
+    files |= {path: content for found in texts.values() for path, content in found.items()}
+    files[CARD] = render_card(subject, results, record, name, provenance, texts).encode()
+    notes = [f"Drawn with {_told(record)}: from {record_from}.", *_said_of_others(texts)]
+    return Repository("model", files, notes=tuple(notes))
+
+
+def _texts_of_others(subject: Subject, files: Mapping[str, Content]) -> dict[Upstream, dict[str, bytes]]:
+    """Of every adapter of somebody's whose licence this one carries, the licences and notices that lie with it.
+
+    What lies in ``files`` already, such as SD3.5's own, is not taken twice.
+    """
+    seen = {content for content in files.values() if isinstance(content, bytes)}
+    found: dict[Upstream, dict[str, bytes]] = {}
+    for one in subject.upstream:
+        if one.carried:
+            texts = {path: file.read_bytes() for path, file in licence_texts(one.source, one.folder).items()}
+            found[one] = {path: content for path, content in texts.items() if content not in seen}
+            seen |= set(texts.values())
+    return found
+
+
+def _said_of_others(texts: Mapping[Upstream, Mapping[str, bytes]]) -> list[str]:
+    """What is said of their licences before the upload."""
+    return [
+        f"{one.source} ({one.role}) is under {one.licence}: the card says so"
+        + (f", and {', '.join(files)} {'goes' if len(files) == 1 else 'go'} along." if files else ".")
+        for one, files in texts.items()
+    ]
 
 
 def _told(record: SamplingRecord) -> str:
@@ -92,7 +120,7 @@ def provenance_of(subject: Subject, results: Results, runs: Sequence[Path]) -> d
             "modules": len(adapter.factors),
         },
         "backbone": {"name": subject.base, "source": subject.family.base, "sha256": drawn.get("base_sha256")},
-        "upstream": [asdict(one) for one in subject.upstream],
+        "upstream": [{"source": o.source, "role": o.role, "licence": o.licence} for o in subject.upstream],
         "training": _training(subject),
         "drawn_with": _versions(runs),
     }

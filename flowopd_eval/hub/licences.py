@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from flowopd_eval.benches import bench_by_key
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
-from flowopd_eval.hub.metadata import front_matter
+from flowopd_eval.hub.metadata import card_metadata, front_matter
 from flowopd_eval.models import FAMILIES
 from flowopd_eval.records import Prompt
 
@@ -128,22 +129,125 @@ def _notice(change: str) -> str:
     )
 
 
-def licence_of_repository(source: str) -> str:
-    """The licence that the card of ``hub:REPO[@REVISION]`` states.
+# --------------------------------------------------------------------------------------------------- adapters of others
+
+# Licences under which what somebody else made may be changed and passed on, as a push does: by the Hub's identifier
+# (huggingface.co/docs/hub/repositories-licenses), or by `license_name` where that is `other`; where each allows it; and
+# whether it binds what was only learned from such a work, too. All others are refused.
+_PASSED_ON: dict[str, tuple[str, bool]] = {
+    "apache-2.0": ("Apache License 2.0, section 4", False),
+    "mit": ("opensource.org/license/mit, first paragraph", False),
+    "bsd": ("opensource.org/license/bsd-3-clause, conditions 1 and 2", False),
+    "bsd-2-clause": ("opensource.org/license/bsd-2-clause, conditions 1 and 2", False),
+    "bsd-3-clause": ("opensource.org/license/bsd-3-clause, conditions 1 and 2", False),
+    "cc0-1.0": ("CC0 1.0, section 2", False),
+    "cc-by-4.0": ("CC BY 4.0, section 2 (a) (1)", False),
+    "cc-by-sa-4.0": ("CC BY-SA 4.0, section 2 (a) (1); 3 (b): under the same", True),
+    "cc-by-nc-4.0": ("CC BY-NC 4.0, section 2 (a) (1): for NonCommercial purposes", True),
+    "cc-by-nc-sa-4.0": ("CC BY-NC-SA 4.0, section 2 (a) (1), 3 (b): so, and under the same", True),
+    # The RAIL licences: use restrictions go along (huggingface.co/spaces/CompVis/stable-diffusion-license)
+    "openrail": ("section III, 4", True),
+    "openrail++": ("section III, 4", True),
+    "creativeml-openrail-m": ("section III, 4", True),
+    "bigscience-openrail-m": ("section III, 4", True),
+    "bigcode-openrail-m": ("section III, 4", True),
+    "stabilityai-ai-community": ("General Terms, a. Distribution & Attribution", True),
+}
+_AND = "-and-"  # between the names of several licences on one card
+_TEXTS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
+UPSTREAM = "upstream"  # the folder of a repository in which the licences of others lie
+_PLAIN = re.compile(r"[\w.+-]+(?:/[\w.+-]+)*", re.ASCII)
+
+
+def binding(licence: str) -> bool:
+    """Whether a licence, as :func:`licence_of_repository` names it, binds also what only learned from such a work."""
+    return any(_PASSED_ON[name][1] for name in licence.split(_AND) if name in _PASSED_ON)
+
+
+def card_licence(family: str, carried: Sequence[str]) -> Licence:
+    """The licence of a card: that of its backbone's family, and those of the works of others that are in the adapter.
+
+    The miniature's own (Apache-2.0) asks for no more than its text, so there the others' stand alone; SD3.5's holds for
+    whatever is derived from it, so there they stand beside it.
 
     Raises:
-        RequestError: it states none, or cannot be asked.
+        RequestError: a licence that says SD3.5's on another backbone's adapter.
+    """
+    own, stable = LICENCES[family], LICENCES["flow-opd"].name
+    names = [name for one in carried for name in one.split(_AND)]
+    if family != "flow-opd" and stable in names:
+        raise RequestError(
+            f"What the adapter was made from is under {stable}, which is the licence of SD3.5's works, and this is an "
+            f"adapter of {family}:base: name its own licence on its card. Nothing was sent."
+        )
+    names = list(dict.fromkeys([*([own.name] if own.name else []), *names]))
+    if not names or names == [own.name or own.identifier]:
+        return own
+    if len(names) == 1:
+        return Licence(names[0], None, None, own.asks)
+    return Licence("other", _AND.join(names), own.link or "LICENSE", own.asks)
+
+
+def licence_of_repository(source: str) -> str:
+    """The licence that the card of ``hub:REPO[@REVISION]`` states, one that lets it be passed on.
+
+    Raises:
+        RequestError: it states none, or one that does not, or that is not known here; or it cannot be asked.
     """
     folder, resolved = fetch_files(source, ["README.md"])
-    data = front_matter(folder / "README.md")
-    stated = (data.get("license"), data.get("license_name"))
-    found = stated[1] if stated[0] in (None, "other") else stated[0]
-    if not isinstance(found, str) or found == "unknown":
+    return _licence(front_matter(folder / "README.md"), resolved)
+
+
+def licence_of_folder(folder: Path) -> str | None:
+    """The licence that the card in a local folder states; None where it states none, and it is taken for one's own.
+
+    Raises:
+        RequestError: as :func:`licence_of_repository`; or its metadata cannot be read.
+    """
+    card = folder / "README.md"
+    if not card.is_file() or not card.read_bytes().lstrip().startswith(b"---"):
+        return None
+    data = card_metadata(card, str(folder)).to_dict()
+    return _licence(data, str(card)) if data.get("license") or data.get("license_name") else None
+
+
+def _licence(data: Mapping[str, Any], where: str) -> str:
+    stated = data.get("license_name") if data.get("license") in (None, "other") else data.get("license")
+    names = stated if isinstance(stated, list) else str(stated or "unknown").split(_AND)
+    if not names or "unknown" in names:
         raise RequestError(
-            f"{resolved} states no licence, so nobody knows whether it, or what was made with it, may be published: "
+            f"{where} states no licence, so nobody knows whether it, or what was made with it, may be published: "
             "ask its author to state one on its card. Nothing was sent."
         )
-    return found
+    for name in names:
+        if name in _PASSED_ON:
+            continue
+        why = "is not known here to let it be passed on"
+        if re.search(r"(^|-)nd(-|$)", str(name)):
+            why = "lets nothing that was changed be passed on (no derivatives), and a push writes it anew"
+        raise RequestError(
+            f"{where} is under {str(name)!r}, which {why}: ask its author to put it under one of "
+            f"{', '.join(_PASSED_ON)}. Nothing was sent."
+        )
+    return _AND.join(map(str, names))
+
+
+def licence_texts(source: str, folder: Path | None) -> dict[str, Path]:
+    """The licences and notices that lie with an adapter of somebody's, by their paths in a repository of ours.
+
+    Args:
+        source: ``hub:REPO[@REVISION]``, or the name of a local one.
+        folder: where a local one lies.
+    """
+    label = source.removeprefix("hub:").partition("@")[0].replace("/", ".")
+    root = folder or fetch_files(source, [*_TEXTS, f"{UPSTREAM}/*"])[0]
+    mine = [path for pattern in _TEXTS for path in sorted(root.glob(pattern))]
+    theirs = sorted((root / UPSTREAM).rglob("*"))
+    named = {f"{UPSTREAM}/{label}/{path.name}": path for path in mine}
+    named |= {path.relative_to(root).as_posix(): path for path in theirs}
+    # A link leads elsewhere, but in the Hub's cache, which is made of them.
+    found = {name: path for name, path in named.items() if path.is_file() and _PLAIN.fullmatch(name)}
+    return {name: path for name, path in found.items() if not (folder and path.is_symlink())}
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts

@@ -36,16 +36,24 @@ def kind_of(source: str) -> Kind:
     return "space" if "sdk" in front_matter(folder / "README.md") else "model"
 
 
-def stage(source: str, name: str, runs: Sequence[Path], scratch: Path) -> Repository:
-    """The repository ``name`` that ``source`` becomes; weights are written below ``scratch``, nothing is sent.
-
-    Raises:
-        RequestError: it may not be published, or not as asked; see the parts of this package.
-    """
+def asked(source: str, name: str, runs: Sequence[Path]) -> Kind:
+    """What ``source`` becomes as the repository ``name``. Raises ``RequestError`` where that cannot be asked so."""
     _check_name(name)
     kind = kind_of(source)
     if runs and kind != "model":
         raise RequestError(f"--run gives the scores of an adapter, and {source} is a {kind}.")
+    return kind
+
+
+def stage(source: str, name: str, runs: Sequence[Path], scratch: Path, there: There | None = None) -> Repository:
+    """The repository ``name`` that ``source`` becomes; weights are written below ``scratch``, nothing is sent.
+
+    ``there`` is what lies at ``name``: an adapter that was pushed there before keeps its sampling record.
+
+    Raises:
+        RequestError: it may not be published, or not as asked; see the parts of this package.
+    """
+    kind = asked(source, name, runs)
     repository: Repository
     if kind == "dataset":
         from flowopd_eval.hub.datasets import run_repository
@@ -59,7 +67,7 @@ def stage(source: str, name: str, runs: Sequence[Path], scratch: Path) -> Reposi
         from flowopd_eval.hub.layout import adapter_repository
         from flowopd_eval.hub.subject import read_subject
 
-        repository = sealed(adapter_repository(read_subject(source), runs, name, scratch))
+        repository = sealed(adapter_repository(read_subject(source, there), runs, name, scratch))
     refuse_secrets(repository)
     return repository
 
@@ -92,22 +100,19 @@ def upload(repository: Repository, name: str, there: There, *, public: bool) -> 
     the rest. Files that are there already are not sent, and without a change there is no commit.
 
     Raises:
-        RequestError: no token, one that may not write there, no such owner, or what :mod:`flowopd_eval.hub.there`
+        RequestError: a token that may not write there, no such owner, or what :mod:`flowopd_eval.hub.there`
             refuses.
         WorkError: the connection broke, or somebody else has changed the repository since ``there``.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    if not get_token():
-        raise RequestError(
-            "There is no Hub token here: run `hf auth login`, or set HF_TOKEN, with a token that writes."
-        )
     api, kind = HfApi(), repository.kind
     with explained(name):
         if there.commit is None:
             api.create_repo(name, repo_type=kind, private=not public, exist_ok=True, space_sdk=repository.sdk)
             there = look(name, kind)
-        refuse(there, repository, name, public=public)
+    refuse(there, repository, name, public=public)
+    with explained(name, sending=True):
         additions = [CommitOperationAdd(path, content) for path, content in repository.files.items()]
         commit = api.create_commit(
             name,

@@ -64,6 +64,13 @@ def without_places(recipe: Any) -> Any:
     return _mapped(recipe, lambda text: _PLACE.sub("", without_paths(text)))
 
 
+def without_addresses(value: Any) -> Any:
+    """JSON ``value`` without what lies under ``url``: where a judge was served is nobody else's business."""
+    if isinstance(value, Mapping):
+        return {key: without_addresses(item) for key, item in value.items() if key != "url"}
+    return [without_addresses(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     """JSON ``value`` with ``change`` done to every text in it, keys too."""
     if isinstance(value, str):

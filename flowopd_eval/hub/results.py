@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval import store
-from flowopd_eval.benches import BENCHES
+from flowopd_eval.benches import BENCHES, bench_by_key
 from flowopd_eval.errors import RequestError
 from flowopd_eval.export import claimed
 from flowopd_eval.hub.licences import open_prompts
@@ -87,11 +87,28 @@ def read_results(runs: Sequence[Path], subject: Subject, name: str) -> Results:
         key = entry.summary["key"]
         if key in summaries:
             raise RequestError(f"{key} is in two of the runs: give the one whose result is to be published.")
+        _check_whole(entry)
         summaries[key] = _renamed(entry.summary, f"{subject.base}+{name}")
         claimed(summaries[key])
         claims += _claims(entry, pictures, max(1, SHOWN // len(entries)))
     record = SamplingRecord(**json.loads(next(iter(records)))) if records else None
     return Results(summaries, claims, pictures, record)
+
+
+def _check_whole(entry: Entry) -> None:
+    """Raises ``RequestError`` for a part of a bench, with what completes it."""
+    summary = entry.summary
+    lacking = max(summary["expected"] - summary["n"], summary["unscored"])
+    if not summary["partial"] and not lacking:
+        return
+    why, remedy = f"{lacking} of {summary['expected']} pictures have no score", "Give its command again for the rest."
+    if summary["partial"]:  # which is part of what was asked for, so that this folder can never be whole
+        bench = bench_by_key(summary["key"]).flag
+        why, remedy = summary["partial"], f"Evaluate all of --bench {bench} into another --out, and give that."
+    raise RequestError(
+        f"{entry.folder.path} ({summary['model']} on {summary['key']}) is partial, which a model card would not tell: "
+        f"{why}. {remedy}"
+    )
 
 
 def _renamed(summary: Mapping[str, Any], model: str) -> dict[str, Any]:

@@ -96,6 +96,8 @@ def read_stated(folder: Path, source: str) -> Stated:
 def _claims(path: Path, source: str) -> list[Claim]:
     """The lines of a ``samples.jsonl``, types checked."""
     reader, claims = TypeAdapter(Claim), []
+    if (content := path.read_bytes()) and not content.endswith(b"\n"):
+        raise _damaged(path.name, source, ValueError("its last line is cut off"))
     for number, line in enumerate(store.whole_lines(path), 1):
         try:
             claim = reader.validate_json(line, strict=True)

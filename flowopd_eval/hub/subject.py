@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError
-from flowopd_eval.hub.licences import licence_of_repository
+from flowopd_eval.hub.licences import binding, licence_of_folder, licence_of_repository
 from flowopd_eval.hub.repository import without_places
 from flowopd_eval.models import (
     FAMILIES,
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from flowopd_eval.adapters import Adapter
+    from flowopd_eval.hub.there import There
 
 RECIPE = "recipe.json"
 _MERGE_REPORT = "merge.json"
+AGAIN, MERGED, STARTED = "published again", "merged", "started from"  # roles of what an adapter's values come from
 # SD3.5-Medium's transformer (transformer/config.json of stabilityai/stable-diffusion-3.5-medium), so that an adapter is
 # checked against every one of its layers without 5 GB of weights.
 _SD35_TRANSFORMER: dict[str, Any] = {
@@ -49,11 +52,20 @@ _SD35_TRANSFORMER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Upstream:
-    """An adapter of somebody's that this one was made from: its source at a commit, what it gave, its licence."""
+    """An adapter of somebody's that this one was made from: its source at a commit, what it gave, its licence.
+
+    ``source`` of one that lies in a local ``folder``, whose card states a licence, is the folder's name.
+    """
 
     source: str
     role: str
     licence: str
+    folder: Path | None = None
+
+    @property
+    def carried(self) -> bool:
+        """Whether its licence holds for what was made from it: its values are in it, or the licence says so."""
+        return any(role in self.role for role in (AGAIN, MERGED, STARTED)) or binding(self.licence)
 
 
 @dataclass(frozen=True)
@@ -92,17 +104,20 @@ class Subject:
         return f"low-rank matrices (LoRA, {size}), {made}, are added to it when it is loaded."
 
 
-def read_subject(source: str) -> Subject:
+def read_subject(source: str, there: There | None = None) -> Subject:
     """The adapter ``source``: a folder, a file, ``hub:REPO@REVISION``, or a known name such as ``tiny:student``.
+
+    ``there`` is the repository that it goes to: its record holds for the same adapter, unless one lies nearer.
 
     Raises:
         RequestError: as :func:`flowopd_eval.adapters.read_adapter`; an adapter that does not fit its backbone whole; an
-            upstream adapter whose licence is unknown.
+            upstream adapter whose licence is unknown, or does not let it be passed on.
     """
     spec = _known(source)
     place = spec.adapter if spec and spec.adapter else source
     adapter = load_adapter(place)
     folder = None if place.startswith(("hub:", MERGE)) else _folder(Path(place))
+    _check_files(place, adapter.source)
     making = _making(folder) if folder else {}
     recipe: Mapping[str, Any] = making.get("recipe", {})
     if place.startswith(MERGE):
@@ -111,10 +126,13 @@ def read_subject(source: str) -> Subject:
     settings = _settings(origin)
     declared = settings.get("adapter_of") or recipe.get("base") or (folder and _declared(folder)) or ""
     family = _family(adapter, str(declared))
-    record, record_from = _record(spec, settings, origin, family, recipe)
-    upstream = _upstream(recipe, {str(folder)})
+    before = there.settings if there and there.adapter_sha256 == adapter.sha256 else {}
+    record, record_from = _record(spec, settings, origin, family, recipe, before)
+    upstream = _upstream(recipe, making.get("file", RECIPE), {str(folder)})
     if place.startswith("hub:"):
-        upstream = (Upstream(adapter.source, "published again", licence_of_repository(adapter.source)), *upstream)
+        upstream = (Upstream(adapter.source, AGAIN, licence_of_repository(adapter.source)), *upstream)
+    elif folder and (licence := licence_of_folder(folder)):
+        upstream = (Upstream(folder.resolve().name, AGAIN, licence, folder), *upstream)
     return Subject(
         adapter,
         family,
@@ -125,6 +143,17 @@ def read_subject(source: str) -> Subject:
         without_places(making.get("run", {})),
         upstream,
     )
+
+
+def _check_files(place: str, resolved: str) -> None:
+    """Raises ``RequestError`` where a folder or repository holds two adapters by the two names of one."""
+    from flowopd_eval.adapters import disagreement
+
+    where = Path(place)
+    if place.startswith("hub:"):
+        where = fetch_files(resolved, ["*.safetensors", "adapter_config.json"])[0]
+    if not place.startswith(MERGE) and where.is_dir() and (how := disagreement(where)):
+        raise RequestError(f"{place}: {how}. Remove the one that is not meant, or name the file that is.")
 
 
 def _settings(origin: str | None) -> Mapping[str, Any]:
@@ -148,11 +177,11 @@ def _folder(place: Path) -> Path:
 
 
 def _making(folder: Path) -> dict[str, Any]:
-    """What `python -m training` or `merge` left beside an adapter: ``recipe``, and of a run that ended ``run``."""
+    """What training or a merge left beside an adapter: ``recipe``, its ``file``, and ``run`` of one that ended."""
     run = folder.parent.parent if folder.parent.name == "snapshots" else folder.parent
     for place in (folder, run):
         if (place / RECIPE).is_file():
-            made: dict[str, Any] = {"recipe": _read(place / RECIPE)}
+            made: dict[str, Any] = {"recipe": _read(place / RECIPE), "file": str(place / RECIPE)}
             finished = _read(place / "run.json") if (place / "run.json").is_file() else {}
             if folder.parent.name == "snapshots":
                 return made | {"run": {"taken": f"on the way, {folder.name}"}}
@@ -166,7 +195,7 @@ def _making(folder: Path) -> dict[str, Any]:
         if (place / _MERGE_REPORT).is_file():
             found = _read(place / _MERGE_REPORT)
             recipe = found.pop("recipe", {})
-            return {"recipe": {"stage": "merge", **recipe}, "run": found}
+            return {"recipe": {"stage": "merge", **recipe}, "run": found, "file": str(place / _MERGE_REPORT)}
     return {}
 
 
@@ -224,7 +253,12 @@ def skeleton(family: Family) -> nn.Module:
 
 
 def _record(
-    spec: ModelSpec | None, settings: Mapping[str, Any], origin: str | None, family: Family, recipe: Mapping[str, Any]
+    spec: ModelSpec | None,
+    settings: Mapping[str, Any],
+    origin: str | None,
+    family: Family,
+    recipe: Mapping[str, Any],
+    before: Mapping[str, Any],
 ) -> tuple[SamplingRecord, str]:
     """The record it is drawn with, and where that was found: the nearest to the adapter itself counts."""
     if spec:
@@ -232,16 +266,20 @@ def _record(
     if settings and origin:
         where = f"of {origin}" if origin.startswith("hub:") else "beside the adapter"
         return record_of(settings, origin), f"{SETTINGS_FILE} {where}"
+    if before.get("adapter_of") == f"{family.name}:base":
+        where = "the repository, as an earlier push of this adapter left it"
+        return record_of(before, where), f"{SETTINGS_FILE} of {where}"
     guidance = recipe.get("guidance") or (recipe.get("rollout") or {}).get("guidance")
     if guidance:
         return replace(family.record, guidance=float(guidance)), f"the recipe's guidance and {family.base}'s usual"
-    return family.record, f"{family.base}'s usual, as there is no {SETTINGS_FILE} and no recipe with the adapter"
+    lacking = f"its recipe, of stage {recipe.get('stage')!r}, names no guidance" if recipe else "it has no recipe"
+    return family.record, f"{family.base}'s usual, as no {SETTINGS_FILE} lies with the adapter, and {lacking}"
 
 
 # ----------------------------------------------------------------------------------------------------------- upstream
 
 
-def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]:
+def _upstream(recipe: Mapping[str, Any], file: str, seen: set[str]) -> tuple[Upstream, ...]:
     """The adapters on the Hub that a recipe starts from, merges or learns from; those of local ones' recipes too."""
     found: dict[str, Upstream] = {}
     for source, role in _sources(recipe):
@@ -252,23 +290,27 @@ def _upstream(recipe: Mapping[str, Any], seen: set[str]) -> tuple[Upstream, ...]
             elif place not in seen:
                 if not Path(place).exists():
                     raise RequestError(
-                        f"The recipe names {place!r} ({role}), which is not here, so nobody can tell what it was made "
-                        "from: push from the folder in which it was trained, or correct recipe.json. Nothing was sent."
+                        f"{file} names {place!r} ({role}), which is not here, so nobody can tell what it was made "
+                        f"from: push from the folder in which it was made, or correct {file}. Nothing was sent."
                     )
                 seen.add(place)
-                further = _making(_folder(Path(place))).get("recipe", {})
-                found |= {one.source: one for one in _upstream(further, seen)}
+                folder = _folder(Path(place))
+                if licence := licence_of_folder(folder):
+                    found[place] = Upstream(folder.resolve().name, role, licence, folder)
+                further = _making(folder)
+                theirs = _upstream(further.get("recipe", {}), further.get("file", RECIPE), seen)
+                found |= {one.source: one for one in theirs}
     return tuple(found.values())
 
 
 def _sources(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Sources that a recipe names, each with what it gave."""
     teachers = recipe.get("teachers") or {}
-    role = "merged" if recipe.get("stage") == "merge" else "teacher"
+    role = MERGED if recipe.get("stage") == "merge" else "teacher"
     named = [(str(one["source"]) if isinstance(one, Mapping) else str(name), role) for name, one in teachers.items()]
     pull, start = recipe.get("anchor"), str(recipe.get("start") or "none")
     named += [(str(pull["source"]), "anchor")] if isinstance(pull, Mapping) and pull.get("weight") else []
-    return named + ([(start, "started from")] if start not in ("none", "merge") else [])
+    return named + ([(start, STARTED)] if start not in ("none", "merge") else [])
 
 
 def _places(source: str) -> list[str]:

@@ -7,17 +7,20 @@ nothing else; and it overwrites the card only as long as it is the one that was 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.hub.repository import CARD, Kind, Repository, json_bytes
+from flowopd_eval.hub.repository import CARD, Content, Kind, Repository, json_bytes
+from flowopd_eval.records import SETTINGS_FILE
 
 PUSHED = "pushed.json"
+NO_TOKEN = "run `hf auth login`, or set HF_TOKEN, with a token that writes"
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the client obeys both
 
 
@@ -38,6 +41,18 @@ class There:
     files: tuple[str, ...] = ()
     card_sha256: str | None = None
     pushed: Pushed | None = None
+    oids: Mapping[str, str] = field(default_factory=dict)  # file -> sha256 of a large one, git's hash of any other
+    settings: Mapping[str, Any] = field(default_factory=dict)  # flow_opd.json, where an earlier push wrote it
+    adapter_sha256: str | None = None  # of what an earlier push published
+    scored: tuple[str, ...] = ()  # metric keys of an earlier push's card
+
+    def state(self, path: str, content: Content) -> str:
+        """What a push of ``content`` is to the file at ``path``: ``new``, ``changed``, ``same``; empty: not known."""
+        if self.commit is None or path not in self.files:
+            return "new" if self.commit else ""
+        data, there = content if isinstance(content, bytes) else content.read_bytes(), self.oids.get(path, "")
+        here = hashlib.sha256(data) if len(there) == 64 else hashlib.sha1(b"blob %d\0" % len(data) + data)
+        return "" if not there else "same" if here.hexdigest() == there else "changed"
 
 
 def sealed(repository: Repository) -> Repository:
@@ -62,18 +77,36 @@ def look(name: str, kind: Kind) -> There:
 
     with explained(name):
         try:
-            found: Any = HfApi().repo_info(name, repo_type=kind)
+            found: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True)
         except RepositoryNotFoundError:
             return There()
         files = tuple(one.rfilename for one in found.siblings or ())
         card, pushed = content(CARD), content(PUSHED)
+        wrote = _pushed(pushed, name) if pushed is not None else None
+        ours = [file for file in (SETTINGS_FILE, "provenance.json", "metrics.json") if wrote and file in wrote.files]
+        said = {file: _object(content(file)) for file in ours}
     return There(
         commit=found.sha,
         private=bool(found.private),
         files=files,
         card_sha256=None if card is None else hashlib.sha256(card).hexdigest(),
-        pushed=None if pushed is None else _pushed(pushed, name),
+        pushed=wrote,
+        oids={
+            one.rfilename: oid for one in found.siblings or () if (oid := one.lfs.sha256 if one.lfs else one.blob_id)
+        },
+        settings=said.get(SETTINGS_FILE, {}),
+        adapter_sha256=_object(said.get("provenance.json", {}).get("adapter")).get("sha256"),
+        scored=tuple(_object(said.get("metrics.json", {}).get("metrics"))),
     )
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A JSON object, or the bytes of one; empty for anything else."""
+    try:
+        found = json.loads(value) if isinstance(value, bytes) else value
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _pushed(content: bytes, name: str) -> Pushed:
@@ -92,6 +125,13 @@ def removals(there: There, repository: Repository) -> list[str]:
     """Files that an earlier push wrote and this one does not write again."""
     written = set(there.pushed.files) if there.pushed else set()
     return [file for file in there.files if file in written and file not in repository.files and file != PUSHED]
+
+
+def lost_scores(there: There, repository: Repository) -> list[str]:
+    """Metric keys that an earlier push's card shows, and this one's does not."""
+    mine = repository.files.get("metrics.json")
+    kept = _object(_object(mine).get("metrics")) if isinstance(mine, bytes) else {}
+    return [key for key in there.scored if key not in kept]
 
 
 def refuse(there: There, repository: Repository, name: str, *, public: bool) -> None:
@@ -117,12 +157,59 @@ def _card_sha256(repository: Repository) -> str:
     return hashlib.sha256(card if isinstance(card, bytes) else card.read_bytes()).hexdigest()
 
 
+def check_token(name: str) -> None:
+    """Raises ``RequestError`` where one short question tells that this token cannot write to ``name``."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not get_token():
+        raise RequestError(f"There is no Hub token here: {NO_TOKEN}.")
+    with explained(name):
+        try:
+            who = HfApi().whoami()
+        except HfHubHTTPError as error:
+            if error.response.status_code == 401:
+                raise
+            return  # a Hub that does not tell
+    role = ((who.get("auth") or {}).get("accessToken") or {}).get("role")
+    owners = [who.get("name"), *(one.get("name") for one in who.get("orgs") or ())]
+    owner = name.partition("/")[0]
+    if role == "read":
+        raise RequestError(f"{_token()[0]} may only read: make one that may write to {name}. Nothing was sent.")
+    if role == "write" and owner.lower() not in [str(one).lower() for one in owners]:
+        raise RequestError(
+            f"{_token()[0]} may not write to {name}: it is of {', '.join(map(str, owners))}. Nothing was sent."
+        )
+
+
+def _token() -> tuple[str, str]:
+    """Where the token comes from, and what helps where it is not valid."""
+    from huggingface_hub import constants
+
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if os.environ.get(variable):
+            return f"The token from {variable}", f"correct {variable}, or unset it and run `hf auth login`"
+    if os.environ.get("HF_TOKEN_PATH"):
+        path = constants.HF_TOKEN_PATH
+        return (
+            f"The token in {path} (HF_TOKEN_PATH)",
+            "put another there, or unset HF_TOKEN_PATH and run `hf auth login`",
+        )
+    return "The token that `hf auth login` saved", "run `hf auth login` again"
+
+
 @contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turns what the Hub answers into words and remedies; no token, header or body is shown."""
+def explained(name: str, *, sending: bool = False) -> Iterator[None]:
+    """Turns what the Hub answers into words and remedies; no token, header or body is shown.
+
+    ``sending`` says that files are on their way, so that some may have arrived.
+    """
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
-    again = "What arrived is kept there: give the same command again, and the rest is sent."
+    again = "Nothing was sent: give the same command again."
+    if sending:
+        again = "What arrived is kept there: give the same command again, and the rest is sent."
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -131,7 +218,8 @@ def explained(name: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
-            raise RequestError("The Hub does not know this token: run `hf auth login` again.") from error
+            what, remedy = _token()
+            raise RequestError(f"{what} is not known to the Hub: {remedy}.") from error
         if status == 403:
             raise RequestError(f"This token may not write to {name}: make one with write access to it.") from error
         if status == 404:
@@ -148,4 +236,7 @@ def explained(name: str) -> Iterator[None]:
             raise
         raise WorkError(f"The Hub refused the card of {name}: {error}") from error
     except (HTTPError, OSError, RuntimeError) as error:  # the client wraps a failed upload of a file in RuntimeError
-        raise WorkError(f"The connection to the Hub broke ({type(error).__name__}). {again}") from error
+        why = type(error).__name__
+        if sending:
+            raise WorkError(f"The connection to the Hub broke ({why}). {again}") from error
+        raise WorkError(f"The Hub at {constants.ENDPOINT} could not be reached ({why}). {again}") from error

@@ -29,7 +29,7 @@ from flowopd_eval.harness import Progress, identity_of, judge, mean_over, standa
 from flowopd_eval.hub.card import score_rows
 from flowopd_eval.hub.layout import CARD, CLAIMS, METRICS, WEIGHTS
 from flowopd_eval.hub.metadata import card_metadata
-from flowopd_eval.hub.repository import without_paths
+from flowopd_eval.hub.repository import without_addresses, without_paths
 from flowopd_eval.hub.results import Claim, pixels_sha256, prompt_of
 from flowopd_eval.hub.stated import Stated, read_stated
 from flowopd_eval.models import Backbone, ModelGenerator, resolve
@@ -100,19 +100,33 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         RequestError: no such repository or revision for this token, none that was published so, or one without scores.
         WorkError: the model drew NaN.
     """
-    now = commit_of(source)
-    folder, resolved = fetch_files(now or source, [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS])
+    from flowopd_eval.adapters import disagreement
+    from flowopd_eval.adapters.adapter import listing
+
+    files = [SETTINGS_FILE, METRICS, CLAIMS, CARD, "samples/*", *WEIGHTS]
+    now = _commit(source)
+    folder, resolved = fetch_files(source, files)  # by its branch, so that the cache's branch moves along
+    if now and resolved != now:
+        folder, resolved = fetch_files(now, files)
     spec = resolve(resolved)
     if spec.adapter is None:
         raise RequestError(f"{resolved} is not an adapter that `flowopd-eval push` published.")
     stated, data = read_stated(folder, resolved), card_metadata(folder / CARD, resolved)
     generator = Backbone(spec.base, [spec], device, None).generator(spec, spec.record)
     seed = resolved.rpartition("@")[2]
+    differ = disagreement(folder)
     verdicts = []
     for key, summary in stated.summaries.items():
-        findings, bench = _Findings(notes=[] if now else [_UNASKED]), bench_by_key(key)
+        findings, bench = _Findings(notes=[] if now else [_unasked(source, folder)]), bench_by_key(key)
+        findings.expect(differ is None, str(differ))
         findings.expect(bench.objects == spec.objects, f"{key} is not a metric of what {spec.about} draws")
         mine = [claim for claim in stated.claims if claim.key == key]
+        lacking = [claim.file for claim in mine if claim.file and not (folder / claim.file).is_file()]
+        told = f"{len(lacking)} pictures that the list names are missing: {listing(lacking)}"
+        if now:
+            findings.expect(not lacking, told)
+        elif lacking:  # an earlier command may have fetched the rest alone
+            findings.notes.append(f"{told}, from the local cache at least")
         _same_model(findings, generator, stated, summary)
         _numbers_of_the_card(findings, data, (folder / CARD).read_text(encoding="utf-8"), summary)
         _numbers_from_the_list(findings, bench, summary, mine)
@@ -130,6 +144,36 @@ def verify(source: str, pictures: int, device: str, progress: Progress) -> tuple
         ]
         verdicts.append(_verdict(key, summary, redrawn, findings))
     return resolved, verdicts
+
+
+def _commit(source: str) -> str | None:
+    """As :func:`flowopd_eval.download.commit_of`; what is there as something else than an adapter is named."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        return commit_of(source)
+    except RequestError as error:
+        repo = source.removeprefix("hub:").partition("@")[0]
+        for kind, what in (("dataset", "a run's pictures and scores"), ("space", "an app")):
+            try:
+                HfApi().repo_info(repo, repo_type=kind)
+            except (HfHubHTTPError, HTTPError, OSError, ValueError):
+                continue
+            raise RequestError(
+                f"{repo} is a {kind} ({what}), and `verify` checks an adapter's card: name the adapter's repository."
+            ) from error
+        raise
+
+
+def _unasked(source: str, folder: Path) -> str:
+    """The note of what was verified without the Hub, with the commits that came into the cache later."""
+    came = {one.name: one.stat().st_mtime for one in folder.parent.iterdir()}
+    later = [name for name in came if came[name] > came[folder.name]]
+    if "@" in source or not later:
+        return _UNASKED
+    repo, newest = source.removeprefix("hub:"), max(later, key=lambda name: came[name])
+    return f"{_UNASKED}. A commit that came later lies in the cache, too: verify {repo}@{newest}"
 
 
 def _interval(summary: Mapping[str, Any]) -> Interval:
@@ -159,7 +203,7 @@ def _numbers_of_the_card(findings: _Findings, data: ModelCardData, text: str, su
     metrics = summary["metrics"]
     cells = {summary["key"]: metrics["overall"], **{f"{summary['key']}/{t}": c for t, c in metrics["tasks"].items()}}
     ours = {kind: (c["value"], {end: c[end] for end in ("low", "high", "level", "n")}) for kind, c in cells.items()}
-    rows = score_rows(summary)
+    rows, text = [row.replace("\\", "") for row in score_rows(summary)], text.replace("\\", "")  # escapes have changed
     same = len(told) == len(ours) and all(one in told for one in ours.items())
     findings.expect(same and all(row in text for row in rows), f"{CARD} shows other numbers than {METRICS}")
 
@@ -269,7 +313,7 @@ def _judged(
     except RequestError as error:
         findings.notes.append(f"not judged again: {error}")
         return [None] * len(drawn)
-    if changed := store.differences(theirs, without_paths(mine)):
+    if changed := store.differences(without_addresses(theirs), without_addresses(without_paths(mine))):
         findings.notes.append(f"another judge than the card's: {'; '.join(changed)}")
     return [*judge(scorer, drawn, prompts)]
 

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from safetensors.torch import load
 
-from flowopd_eval.hub.card import _rewards, render_card
+from flowopd_eval.hub.card import _rewards, _text, render_card
 from flowopd_eval.hub.layout import provenance_of, sheet
 from flowopd_eval.hub.results import Results, read_results
 from flowopd_eval.hub.subject import Subject, Upstream, read_subject
@@ -52,6 +52,7 @@ def test_the_hub_reads_metadata_numbers_and_intervals_of_the_card(hub, pushed, c
     assert overall.dataset_args["prompts_sha256"] == summary["prompts_sha256"]
     assert f"| overall | {expected['value']:.3f} | {expected['low']:.3f} to {expected['high']:.3f} | 144 |" in card
     assert "Toy model" in card
+    assert f"flowopd-eval --bench quality --model hub:{pushed}" in card
     assert "Stability" not in card
     assert "was trained on" not in " ".join(card.split())  # rewards of a distillation only tell how good a teacher is
 
@@ -148,6 +149,23 @@ def test_texts_of_recipes_and_sources_stay_texts(trained):
     assert "# heading" not in [line[:9] for line in text.splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b (c) {d}: e.f! 4+4 - #5", "a_b (c) {d}: e.f! 4+4 - #5"),
+        ("_a_ *b* `c`", r"\_a\_ \*b\* \`c\`"),
+        ("# a", r"\# a"),
+        ("12. a", r"12\. a"),
+        ("http://x.y www.x.y a@b.c &lt; & $x$", r"http\://x.y www\.x.y a\@b.c \&lt; & \$x\$"),
+    ],
+)
+def test_only_what_would_be_a_mark_is_escaped(text, shown):
+    assert _text(text) == shown
+    (paragraph,) = [token for token in MarkdownIt("gfm-like").parse(shown) if token.type == "inline"]
+    assert {child.type for child in paragraph.children} <= {"text", "text_special"}
+    assert "".join(child.content for child in paragraph.children) == text
+
+
 @pytest.mark.parametrize("task", ['a: "b" # c', "- é\n---\n", "{x: [", "'", "no", "*a &b !c |", "\u2028%"])
 def test_the_front_matter_holds_whatever_a_task_is_called(trained, finished, task):
     subject = read_subject(str(trained / "adapter"))
@@ -184,6 +202,19 @@ def test_a_merge_names_all_its_bases(trained):
     subject = replace(read_subject(str(trained / "adapter")), recipe={"stage": "merge"}, upstream=parts)
     data = ModelCard(rendered(replace(subject, family=FAMILIES["flow-opd"]))).data
     assert (data.base_model, data.get("base_model_relation")) == (["a/one", "b/two"], "merge")
+    assert (data.license, data.license_name) == ("other", "stabilityai-ai-community-and-mit")
+
+
+def test_a_merge_names_its_parts_and_a_card_without_scores_speaks_of_none(trained):
+    recipe = {"stage": "merge", "teachers": {"one": 0.25, "two": 0.75}, "discarded_energy": 0.1234}
+    text = rendered(replace(read_subject(str(trained / "adapter")), recipe=recipe))
+    assert "| merged from | 0.25 × one + 0.75 × two |" in text
+    assert "| discarded energy | 12.34% of the weighted sum's |" in text
+    assert "None were published" in text
+    assert "interval" not in text
+    assert "other scores" not in text
+    assert "Its scores" not in text
+    assert "`pip install -c constraints.txt -e .` in a checkout" in text
 
 
 def test_the_guidance_it_was_trained_for_is_its_record(trained, finished):

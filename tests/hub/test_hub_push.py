@@ -10,15 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HTTPError
 from loopback_hub import Stored
 from random_adapters import random_adapter
+from safetensors.torch import load_file, save_file
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
-from flowopd_eval.errors import RequestError
+from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.hub.licences import licence_files
-from flowopd_eval.hub.repository import Repository, refuse_secrets, without_paths, without_places
+from flowopd_eval.hub.repository import Repository, refuse_secrets, without_addresses, without_paths, without_places
 from flowopd_eval.hub.results import _check_backbone
 from flowopd_eval.hub.subject import read_subject, skeleton
+from flowopd_eval.hub.there import There, explained
 from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 
 WEIGHTS = ["pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"]
@@ -100,8 +105,19 @@ def test_what_a_push_wrote_and_the_next_does_not_is_removed_as_shown_and_nothing
         gone = [line.split()[-1] for line in shown.splitlines() if line.split()[:1] == ["removed"]]
         assert sorted(gone) == sorted(stale)
     assert sorted(repo.files) == sorted([".gitattributes", "mine.txt", "samples/mine.png", *WEIGHTS, *OTHERS])
+    for said in (dry.err, answer.err):
+        assert "no --run: the card loses its scores of shapes_quality; give --run RUN to keep" in " ".join(said.split())
     assert b"None were published" in repo.files["README.md"]
     assert b"metrics" not in repo.files["README.md"]
+    # the same weights keep the settings they were scored with
+    assert json.loads(repo.files["flow_opd.json"])["record"]["steps"] == 2
+    assert "Drawn with 2 steps, guidance 1" in answer.out
+    assert "same pytorch_lora_weights.safetensors" in " ".join(answer.out.split())
+    assert "changed README.md" in " ".join(answer.out.split())
+    machine.token = ""
+    unseen = machine("push", trained / "adapter", pushed, "--dry-run")
+    assert unseen.code == 0, unseen.err
+    assert f"What lies at {pushed} is not known, nor what would be removed there" in " ".join(unseen.err.split())
 
 
 def test_a_card_that_was_edited_is_not_overwritten(machine, hub, trained, pushed):
@@ -157,7 +173,7 @@ def test_what_is_pushed_again_keeps_its_sampling_record(machine, hub, gentle, pu
 @pytest.mark.parametrize(
     ("files", "guidance", "origin"),
     [
-        ({}, 4.5, "usual, as there is no flow_opd.json and no recipe"),
+        ({}, 4.5, "usual, as no flow_opd.json lies with the adapter, and it has no recipe"),
         ({"recipe.json": {"stage": "nft", "guidance": 2.5}}, 2.5, "the recipe's guidance"),
         ({"flow_opd.json": {"record": {"steps": 3}, "experts": []}}, 4.5, "usual"),  # of a saved pipeline
     ],
@@ -255,7 +271,7 @@ def test_a_broken_upload_commits_nothing_and_the_next_sends_the_rest(machine, hu
     ("token", "name", "code", "why"),
     [
         ("", "me/a", 2, "There is no Hub token here"),
-        ("hf_wrong", "me/a", 2, "does not know this token: run `hf auth login`"),
+        ("hf_wrong", "me/a", 2, "The token from HF_TOKEN is not known to the Hub: correct HF_TOKEN, or unset"),
         (None, "others/a", 2, "may not write to others/a"),
         (None, "nobody/a", 2, "The Hub has no nobody/a"),
         (None, "a", 2, "Expected a repository as OWNER/NAME, but got 'a'"),
@@ -272,6 +288,64 @@ def test_what_the_hub_refuses_is_said_with_its_remedy(machine, hub, trained, tok
     assert "Traceback" not in answer.err
     assert not token or token not in answer.err
     assert not hub.repositories
+
+
+@pytest.mark.parametrize(
+    ("role", "name", "why"),
+    [
+        ("read", "me/a", "token from HF_TOKEN may only read"),
+        ("write", "others/a", "not write to others/a: it is of me, us"),
+    ],
+)
+def test_a_token_that_cannot_write_is_told_before_the_list(machine, hub, trained, role, name, why):
+    hub.role = role
+    answer = machine("push", trained / "adapter", name)
+    assert (answer.code, why in answer.err, answer.out) == (2, True, ""), answer.err
+    assert hub.writes() == []
+
+
+def test_other_weights_at_the_same_place_get_no_record_of_the_earlier_ones(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    record = {"steps": 4, "guidance": 1.0, "shift": 3.0, "width": 64, "height": 64, "text_length": 0}
+    settings = {"adapter_of": "tiny:base", "record": record}
+    same = There("a" * 40, settings=settings, adapter_sha256=gentle.sha256)
+    assert read_subject(str(tmp_path), same).record.steps == 4
+    (tmp_path / "merge.json").write_text(json.dumps({"recipe": {"teachers": {}}}))
+    other = read_subject(str(tmp_path), There("a" * 40, settings=settings, adapter_sha256="0"))
+    assert other.record.steps == 20
+    assert "its recipe, of stage 'merge', names no guidance" in other.record_from
+
+
+def test_a_hub_that_is_not_there_has_been_sent_nothing():
+    why = r"^The Hub at http.* could not be reached \(HTTPError\). Nothing was sent"
+    with pytest.raises(WorkError, match=why), explained("me/a"):
+        raise HTTPError("no")
+
+
+def test_two_files_that_are_two_adapters_are_refused(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    half = {key: value.to(torch.bfloat16) for key, value in load_file(tmp_path / WEIGHTS[0]).items()}
+    save_file(half, tmp_path / WEIGHTS[0])
+    read_subject(str(tmp_path))  # rounded, it is the same
+    key = next(key for key in half if "lora_B" in key)
+    half[key][0, 0] += 1
+    save_file(half, tmp_path / WEIGHTS[0])
+    with pytest.raises(RequestError, match=f"{WEIGHTS[1]} and {WEIGHTS[0]} differ: the change of .* by up to"):
+        read_subject(str(tmp_path))
+    read_subject(str(tmp_path / WEIGHTS[1]))  # named, it is the one that is meant
+
+
+def test_the_file_that_a_merge_leaves_is_called_by_its_name(gentle, tmp_path):
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "merge.json").write_text(json.dumps({"recipe": {"teachers": {"gone": 1.0}}}))
+    with pytest.raises(RequestError, match=r"merge.json names 'gone' \(merged\).* or correct .*merge.json") as refused:
+        read_subject(str(tmp_path))
+    assert "recipe.json" not in str(refused.value)
+
+
+def test_a_judges_address_stays_at_home():
+    scorer = {"judge": "a-model", "url": "http://10.0.0.7:8000/v1", "parts": [{"url": "x", "n": 1}]}
+    assert without_addresses({"scorer": scorer}) == {"scorer": {"judge": "a-model", "parts": [{"n": 1}]}}
 
 
 def test_somebody_elses_commit_in_between_is_not_overwritten(machine, hub, trained):
@@ -320,30 +394,99 @@ def test_an_adapter_that_fails_its_checks_is_refused_and_nothing_sent(machine, h
 @pytest.mark.parametrize(
     ("card", "says"),
     [
-        ("# no metadata", None),
-        ("---\nlicense: unknown\n---\n", None),
-        ("---\nlicense: other\n---\n", None),
-        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence"),
-        ("---\nlicense: mit\n---\n", "mit"),
+        ("# no metadata", "states no licence"),
+        ("---\nlicense: unknown\n---\n", "states no licence"),
+        ("---\nlicense: other\n---\n", "states no licence"),
+        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "is under 'a-licence', which is not known here"),
+        ("---\nlicense: cc-by-nc-nd-4.0\n---\n", "is under 'cc-by-nc-nd-4.0', which lets nothing that was changed"),
+        ("---\nlicense: [mit, cc-by-nd-4.0]\n---\n", "is under 'cc-by-nd-4.0', which lets nothing that was changed"),
+        ("---\nlicense: other\nlicense_name: stabilityai-ai-community\n---\n", "which is the licence of SD3.5's works"),
     ],
 )
-def test_an_upstream_adapter_needs_a_licence(machine, hub, gentle, tmp_path, card, says):
-    write_adapter(gentle, tmp_path)
-    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()} | {"README.md": card.encode()}
-    name = f"they/{hashlib.sha1(card.encode()).hexdigest()}"  # another each time, as the client caches
-    hub.repositories[f"models/{name}"] = Stored({"a" * 40: files}, "a" * 40)
+def test_an_upstream_adapter_needs_a_licence_that_lets_it_be_passed_on(machine, hub, gentle, tmp_path, card, says):
+    name = of_somebody(hub, gentle, tmp_path, card)
+    (tmp_path / "README.md").unlink()
     recipe = {"stage": "distill", "teachers": {"ocr": {"source": f"hub:{name}"}}}
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     for source in (f"hub:{name}", tmp_path):
         answer = machine("push", source, "me/again")
-        if says is None:
-            assert answer.code == 2
-            assert "states no licence" in answer.err
-            assert "models/me/again" not in hub.repositories
-        else:
-            assert answer.code == 0, answer.err
-            readme = of(hub, "me/again").files["README.md"].decode()
-            assert f"| {says} |" in readme
+        assert (answer.code, says in answer.err) == (2, True), answer.err
+        assert name in answer.err or "SD3.5" in says
+        assert "Nothing was sent" in answer.err
+        assert hub.writes() == []
+
+
+def of_somebody(hub, adapter, folder, card, **more) -> str:
+    """An adapter with a card, in ``folder`` and on the Hub; its name there, another each time as the client caches."""
+    write_adapter(adapter, folder)
+    (folder / "README.md").write_text(card)
+    for name, text in more.items():
+        (folder / name).write_text(text)
+    name = f"they/{hashlib.sha1(card.encode()).hexdigest()}"
+    hub.repositories[f"models/{name}"] = Stored(
+        {"a" * 40: {p.name: p.read_bytes() for p in folder.iterdir()}}, "a" * 40
+    )
+    return name
+
+
+@pytest.mark.parametrize("licence", ["mit", "cc-by-nc-4.0", "openrail++"])
+@pytest.mark.parametrize("local", [False, True])
+def test_what_somebody_published_keeps_its_licence_and_its_texts(machine, hub, gentle, tmp_path, licence, local):
+    texts = {"LICENSE": f"their {licence}", "NOTICE": "made by them"}
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    name = of_somebody(hub, gentle, folder, f"---\nlicense: {licence}\n---\n# {local}\n", **texts)
+    answer = machine("push", folder if local else f"hub:{name}", "me/kept", "--dry-run")
+    assert f"is under {licence}: the card says so" in answer.out
+    answer = machine("push", folder if local else f"hub:{name}", "me/kept")
+    assert answer.code == 0, answer.err
+    files = of(hub, "me/kept").files
+    assert ModelCard(files["README.md"].decode()).data.license == licence
+    label = "theirs" if local else name.replace("/", ".")
+    assert {one: files[f"upstream/{label}/{one}"].decode() for one in texts} == texts
+    assert b"Apache License" in files["LICENSE"]  # of the miniature, which the adapter changes
+    assert f"`upstream/{label}/LICENSE`" in files["README.md"].decode()
+    # and again, from where it now lies
+    again = machine("push", "hub:me/kept", f"me/kept-{licence.strip('+')}-{local}".lower())
+    assert again.code == 0, again.err
+    copy = of(hub, f"me/kept-{licence.strip('+')}-{local}".lower()).files
+    assert ModelCard(copy["README.md"].decode()).data.license == licence
+    assert copy[f"upstream/{label}/LICENSE"] == files[f"upstream/{label}/LICENSE"]
+    assert not [one for one in copy if "me.kept" in one]
+
+
+@pytest.mark.parametrize(
+    ("card", "why"),
+    [
+        ("license: cc-by-nc-nd-4.0", "README.md is under 'cc-by-nc-nd-4.0', which lets nothing"),
+        ("license: other\nlicense_name: mine-alone", "README.md is under 'mine-alone', which is not known here"),
+        ("license: [", "has no metadata that can be read"),
+    ],
+)
+def test_a_card_beside_a_local_adapter_is_heeded(gentle, tmp_path, card, why):
+    write_adapter(gentle, tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    with pytest.raises(RequestError, match=why):
+        read_subject(str(tmp_path))
+    # as what another one started from, too
+    write_adapter(gentle, tmp_path / "next" / "adapter")
+    (tmp_path / "next" / "recipe.json").write_text(json.dumps({"stage": "nft", "start": str(tmp_path)}))
+    with pytest.raises(RequestError, match=why):
+        read_subject(str(tmp_path / "next" / "adapter"))
+
+
+def test_a_teachers_licence_binds_its_student_only_where_it_says_so(machine, hub, gentle, tmp_path):
+    for licence, stays in (("mit", "apache-2.0"), ("cc-by-nc-sa-4.0", "cc-by-nc-sa-4.0")):
+        folder = tmp_path / licence
+        folder.mkdir()
+        name = of_somebody(hub, gentle, folder, f"---\nlicense: {licence}\n---\n# a teacher\n")
+        (folder / "README.md").unlink()
+        recipe = {"stage": "distill", "teachers": {"ocr": {"source": f"hub:{name}"}}}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        assert machine("push", folder, "me/student").code == 0
+        card = of(hub, "me/student").files["README.md"].decode()
+        assert ModelCard(card).data.license == stays
+        assert f"hub:{name}" in card.replace("\\", "")
 
 
 def test_upstream_is_followed_through_adapters_of_ones_own(gentle, tmp_path, monkeypatch):
@@ -379,7 +522,7 @@ def test_a_run_of_another_adapter_is_refused(machine, hub, transformer, finished
     answer = machine("push", tmp_path, "me/other", "--run", finished)
     assert answer.code == 2
     assert "holds no pictures of this adapter" in answer.err
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 def edited(run, tmp_path, **changes):
@@ -399,14 +542,14 @@ def edited(run, tmp_path, **changes):
     ("changes", "why"),
     [
         ({"base_sha256": "0" * 64}, "was drawn on another backbone than tiny:base"),
-        ({"partial": "--limit 3"}, "is partial, which a model card would not tell"),
+        ({"partial": "--limit 3"}, "--limit 3. Evaluate all of --bench quality into another --out, and give that."),
         ({"key": "geneval"}, "never comparable"),
     ],
 )
 def test_scores_that_are_not_this_cards_are_refused(machine, hub, trained, finished, tmp_path, changes, why):
     answer = machine("push", trained / "adapter", "me/claims", "--run", edited(finished, tmp_path, **changes))
     assert (answer.code, why in answer.err) == (2, True), answer.err
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 @pytest.fixture(scope="module")
@@ -499,7 +642,7 @@ def test_a_token_in_a_file_stops_everything(machine, hub, trained, tmp_path):
     assert answer.code == 2
     assert "recipe.json holds a Hub token" in answer.err
     assert "xxxx" not in answer.err + answer.out
-    assert hub.log == []
+    assert hub.writes() == []
 
 
 def test_a_training_run_is_told_where_its_adapter_lies(machine, trained):

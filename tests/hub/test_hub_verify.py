@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
-from loopback_hub import Hub, _oid, _sha
+from loopback_hub import Hub, Stored, _oid, _sha
 from PIL import Image
 from random_adapters import random_adapter
 from safetensors.torch import save
 
 from flowopd_eval.hub.results import Claim, pixels_sha256
-from flowopd_eval.hub.verify import Redrawn, _chosen, _Findings, _verdict, level_difference
+from flowopd_eval.hub.verify import Redrawn, _chosen, _Findings, _unasked, _verdict, level_difference
 from flowopd_eval.records import Score
 
 KEY = "shapes_quality"
@@ -132,6 +133,7 @@ def test_other_weights_than_were_judged_are_found(machine, hub, pushed, transfor
     answer = machine("verify", pushed, "--pictures", 8)
     assert answer.code == 1
     assert "of another adapter than the one that lies there" in answer.out
+    assert "adapter_model.safetensors and pytorch_lora_weights.safetensors differ: the change of " in answer.out
     assert "0 of 10 drawn again are identical" in answer.out
 
 
@@ -193,6 +195,7 @@ def settings(**changes) -> bytes:
         ("metrics.json", metrics(metrics={"overall": CELL, "tasks": {"a": {}}}), f"{KEY}.metrics.tasks.a.value: "),
         ("samples.jsonl", b'{"id": 1}\n', "samples.jsonl, line 1, of"),
         ("samples.jsonl", b"\xff\n", "samples.jsonl, line 1, of"),
+        ("samples.jsonl", b'{"id"', "its last line is cut off"),
         ("samples/shapes_quality-00000-00.png", b"none", "samples/shapes_quality-00000-00.png of"),
         ("samples/shapes_quality-00000-00.png", b"\x89PNG\r\n\x1a\n", "samples/shapes_quality-00000-00.png of"),
         ("README.md", b"# A card without metadata", "there is none between two lines of --- on top"),
@@ -266,6 +269,32 @@ def test_an_empty_list_is_not_the_bench(machine, hub, pushed):
     publish(hub, pushed, **{"samples.jsonl": b""})
     answer = machine("verify", pushed, "--pictures", 8)
     assert (answer.code, "the list is not the whole bench" in answer.out) == (1, True), answer.err
+
+
+def test_a_listed_picture_that_is_missing_is_named(machine, hub, pushed):
+    name = "samples/shapes_quality-00000-00.png"
+    publish(hub, pushed)
+    del hub.repositories[f"models/{pushed}"].files[name]
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert (answer.code, f"1 pictures that the list names are missing: {name}" in answer.out) == (1, True), answer.err
+
+
+def test_a_dataset_is_called_one(machine, hub, pushed):
+    hub.repositories["datasets/me/run"] = Stored({"d" * 40: {"README.md": b""}}, "d" * 40)
+    answer = machine("verify", "me/run")
+    assert (answer.code, "me/run is a dataset" in answer.err) == (2, True), answer.err
+    machine.token = ""
+    answer = machine("verify", "me/nothing")
+    assert (answer.code, "or log in" in answer.err) == (2, True), answer.err
+
+
+def test_the_cache_says_which_commit_is_the_newest_it_has(tmp_path):
+    for age, commit in ((20, "old"), (10, "branch"), (0, "new")):
+        (tmp_path / commit).mkdir()
+        os.utime(tmp_path / commit, (1e9 - age, 1e9 - age))
+    assert _unasked("hub:me/x", tmp_path / "branch").endswith("too: verify me/x@new")
+    assert "verify" not in _unasked("hub:me/x", tmp_path / "new")
+    assert "verify" not in _unasked("hub:me/x@v1", tmp_path / "branch")
 
 
 def test_a_picture_outside_of_samples_is_refused(machine, hub, pushed):
