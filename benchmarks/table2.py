@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -54,8 +55,7 @@ Differences are paired by picture (of several benches: their mean).
 {hopes}
 ![Score against student samples](table2.png)
 
-*Each line begins with the row that the arm starts from and ends with its own; between, the first {limit} prompts of
-each task.*
+*On the first {limit} prompts of each task, one picture each; from the row that an arm starts from to its own.*
 
 The same prompts and seeds, one row an arm:
 
@@ -172,16 +172,28 @@ def drawn_by(adapter: Path) -> tuple[str, ...]:
     return ("--model", "tiny:base", "--lora", str(adapter), *WITHOUT_GUIDANCE)
 
 
+def on_first_prompts(name: str) -> dict[str, float]:
+    """Scores of an evaluation on the first :data:`CURVE` prompts of every task; bench -> mean over the tasks."""
+    found = {}
+    for flag in BENCHES:
+        (log,) = (RUNS / "evaluation" / name).glob(f"*/{flag}/samples.jsonl")
+        tasks: dict[str, list[float]] = {}
+        for line in log.read_text().splitlines():
+            sample = json.loads(line)
+            tasks.setdefault(sample["task"], []).append(sample["score"])
+        found[flag] = fmean(fmean(scores[:CURVE]) for scores in tasks.values())
+    return found
+
+
 def curve(arm: Arm) -> list[dict[str, float]]:
-    """Score against student samples: the arm's snapshots before its end on the first prompts of every task."""
-    points = []
+    """Score against student samples, from the row that the arm starts from to its own, on the same prompts."""
     recipe = json.loads((arm.out / "recipe.json").read_text())
+    points = {0: arm.start, recipe["steps"]: arm.name}
     for snapshot in sorted((arm.out / "snapshots").glob("step-*")):
-        step = int(snapshot.name.removeprefix("step-"))
-        if step < recipe["steps"]:
-            found = evaluate(f"{arm.name}-{snapshot.name}", *drawn_by(snapshot), "--limit", str(CURVE))
-            points.append({"samples": step * recipe["batch_size"], **{flag: value(found[flag]) for flag in BENCHES}})
-    return points
+        if (step := int(snapshot.name.removeprefix("step-"))) not in points:
+            points[step] = f"{arm.name}-{snapshot.name}"
+            evaluate(points[step], *drawn_by(snapshot), "--limit", str(CURVE))
+    return [{"samples": step * recipe["batch_size"], **on_first_prompts(points[step])} for step in sorted(points)]
 
 
 def value(summary: dict[str, Any]) -> float:
@@ -200,7 +212,6 @@ def row(arm: Arm | None) -> dict[str, Any]:
         found = evaluate(name, *drawn_by(arm.out / "adapter"))
     scores = {flag: found[flag]["metrics"]["overall"] for flag in BENCHES}
     kept = {
-        "start": arm.start if arm else None,
         "title": arm.title if arm else "the base, guidance 4.5",
         "scores": scores,
         "average": sum(value(found[f]) for f in BENCHES) / 3,
@@ -265,11 +276,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(BENCHES), figsize=(15, 4.5), sharex=True, layout="constrained")
     for axis, (flag, key) in zip(axes, BENCHES.items(), strict=True):
         for found in results.values():
-            if found.get("curve"):
-                begin, end = results[found["start"]]["scores"][flag]["value"], found["scores"][flag]["value"]
-                between = [(point["samples"], point[flag]) for point in found["curve"]]
-                points = [(0, begin), *between, (found["samples"], end)]
-                axis.plot(*zip(*points, strict=True), marker=".", label=found["title"])
+            if points := found.get("curve"):
+                axis.plot([p["samples"] for p in points], [p[flag] for p in points], marker=".", label=found["title"])
         axis.set(title=key, xlabel="student samples", ylabel="score")
     axes[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)

@@ -174,18 +174,33 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(monkeypatch, capsys):
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
-def test_a_line_begins_at_the_row_it_starts_from_and_ends_at_its_own(monkeypatch, tmp_path):
+def test_a_curve_goes_from_its_start_to_its_own_row_on_the_same_prompts(evaluate, monkeypatch, tmp_path):
+    arm = table2.Arm("arm", "an arm", "tiny_opd", start="merge")
+    for snapshot in ("step-000020", "step-000060"):
+        (arm.out / "snapshots" / snapshot).mkdir(parents=True)
+    (arm.out / "recipe.json").write_text(json.dumps({"steps": 60, "batch_size": 32}))
+    evaluate("merge", (0.0, 0.5, 1.0))
+    evaluate("arm", (1.0, 1.0, 1.0))
     drawn = []
-    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, x, y, **_: drawn.append((tuple(x), tuple(y))))
-    between = [{"samples": 640, "geneval": 0.45, "ocr": 0.4, "quality": 0.3}]
-    results = {
-        "base": row(0.1, 0.2, 0.3),
-        "merge": row(0.4, 0.3, 0.2),
-        "opd-merge": {**row(0.5, 0.5, 0.5, title="arm"), "start": "merge", "curve": between},
-    }
-    table2.plot(results, tmp_path / "plot.png")
-    assert drawn == [((0, 640, 1920), (a, b, 0.5)) for a, b in ((0.4, 0.45), (0.3, 0.4), (0.2, 0.3))]
+    monkeypatch.setattr(table2, "evaluate", lambda name, *_: drawn.append(name) or evaluate(name, (0.5, 0.5, 0.5)))
+    whole = table2.curve(arm)
+    assert drawn == ["arm-step-000020"]
+    assert [p["samples"] for p in whole] == [0, 640, 1920]
+    assert [p["geneval"] for p in whole][::2] == [0.0, 1.0]
+    assert whole[0]["ocr"] == table2.on_first_prompts("merge")["ocr"]
+    table2.plot({"arm": row(1, 1, 1) | {"curve": whole}}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
+
+
+def test_the_first_prompts_are_the_first_of_every_task(evaluate, monkeypatch):
+    evaluate("merge", (0.5, 0.5, 0.5))
+    (log,) = (table2.RUNS / "evaluation" / "merge").glob("*/geneval/samples.jsonl")
+    samples = [json.loads(line) for line in log.read_text().splitlines()]
+    tasks = {sample["task"]: [s["score"] for s in samples if s["task"] == sample["task"]] for sample in samples}
+    assert len(tasks) > 1
+    monkeypatch.setattr(table2, "CURVE", 2)
+    expected = np.mean([np.mean(scores[:2]) for scores in tasks.values()])
+    assert table2.on_first_prompts("merge")["geneval"] == pytest.approx(expected)
 
 
 def test_the_page_has_a_row_of_pictures_an_arm_with_its_name(evaluate):
