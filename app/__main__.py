@@ -122,8 +122,9 @@ def _lacking(model: str) -> str:
 
 def run() -> None:
     """Entry point: errors become one message on stderr and an exit code."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="app: %(message)s")
-    logging.getLogger("flowopd_eval.pipeline").addFilter(_unasked)
+    shown = logging.StreamHandler(sys.stderr)
+    shown.addFilter(_unasked)
+    logging.basicConfig(handlers=[shown], level=logging.WARNING, format="app: %(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:

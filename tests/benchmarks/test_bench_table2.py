@@ -188,6 +188,7 @@ def test_a_curve_goes_from_its_start_to_its_own_row_on_the_same_prompts(evaluate
     assert [p["samples"] for p in whole] == [0, 640, 1920]
     assert [p["geneval"] for p in whole][::2] == [0.0, 1.0]
     assert whole[0]["ocr"] == table2.on_first_prompts("merge")["ocr"]
+    pytest.importorskip("matplotlib", reason="the plot needs matplotlib, which the tests do not install")
     table2.plot({"arm": row(1, 1, 1) | {"curve": whole}}, tmp_path / "plot.png")
     assert Image.open(tmp_path / "plot.png").size[0] > 1000
 
