@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.benches import bench_by_key
-from flowopd_eval.export import model_index, protocol_and_engine
+from flowopd_eval.export import escape_markdown, model_index, protocol_and_engine
 from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, Licence, card_licence
 from flowopd_eval.hub.results import Claim, Results
-from flowopd_eval.quiet import printable
 
 if TYPE_CHECKING:
     from flowopd_eval.hub.subject import Subject, Upstream
@@ -20,17 +18,6 @@ if TYPE_CHECKING:
 _JUDGED_BY = {"ocr": ("ocr", "sign_ocr"), "quality": ("shapes_quality",), "partial_credit": ("shapes_geneval",)}
 _TAGS = ["lora", "flow-opd", "text-to-image"]
 _PROMPT = {"tiny": "a drawing of a red circle on sand", "flow-opd": 'a sign that says "OPEN"'}
-
-
-# What Markdown (CommonMark, GitHub's and the Hub's) takes for a mark in the middle of a line, and what only begins one.
-_MARKS = re.compile(r"[\\`*\[\]<>|~$]|@(?=[\w-]+\.)|(?<!\w)_|_(?!\w)|&(?=[#\w]+;)|:(?=//)|(?<=www)\.")
-_BEGINS = re.compile(r"^(\d*)([#+.)=-])(?=[\s#=-]|$)")
-
-
-def _text(value: Any) -> str:
-    """``value`` on one line, so that it is shown as it is; only what would be a mark is escaped."""
-    line = printable(re.sub(r"\s+", " ", str(value)).strip())
-    return _BEGINS.sub(r"\1\\\2", _MARKS.sub(r"\\\g<0>", line))
 
 
 def render_card(
@@ -88,7 +75,7 @@ def render(template: str, **context: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["text"] = _text
+    environment.filters["text"] = escape_markdown
     return environment.get_template(template).render(**context)
 
 
@@ -138,7 +125,7 @@ def _table(summary: Mapping[str, Any]) -> dict[str, Any]:
 def score_rows(summary: Mapping[str, Any]) -> list[str]:
     """The lines of a metric's table as the card writes them."""
     return [
-        f"| {_text(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
+        f"| {escape_markdown(task)} | {value:.3f} | {low:.3f} to {high:.3f} | {n} |"
         for task, value, low, high, n in _table(summary)["rows"]
     ]
 
