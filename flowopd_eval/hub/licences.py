@@ -150,7 +150,7 @@ _PASSED_ON: dict[str, tuple[str, bool]] = {
     "openrail++": ("section III, 4", True),
     "creativeml-openrail-m": ("section III, 4", True),
     "bigscience-openrail-m": ("section III, 4", True),
-    "bigcode-openrail-m": ("section III, 4", True),
+    "bigcode-openrail-m": ("paragraphs 4 and 5 (bigcode-project.org/docs/pages/bigcode-openrail)", True),
     "stabilityai-ai-community": ("General Terms, a. Distribution & Attribution", True),
 }
 _AND = "-and-"  # between the names of several licences on one card
