@@ -4,14 +4,12 @@ Trains every arm with ``python -m training``, evaluates it on held-out prompts w
 ``benchmarks/results/table2.json``, ``docs/table2.md`` (the table, and what was hoped for beside what was seen),
 ``docs/table2.png`` (score against student samples), ``docs/table2-pictures.jpg``, and the README's table. As many arms
 at a time as there are processors, one thread each. Stop it whenever you like: what is finished is kept, arms at hand go
-on from their checkpoints. With ARMs, other rows stay as ``table2.json`` has them, if the same command and
-base made them.
-
-The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr``, ``tiny:quality``, made by DiffusionNFT where the paper
-has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix is NFT-Mix here. All of them,
-and the students, are trained and drawn without guidance; the base also with its own. Every student of NFT-Mix and
-Flow-OPD sees :data:`SAMPLES` pictures of its own, once also :data:`BUDGET`, more than any teacher; SFT draws none of
-its own, it is trained on noisings of 1,600 pictures of the teachers. Adapters: ``runs/table2/train/ARM/adapter``.
+on from their checkpoints. The teachers are those that ship, ``tiny:geneval``, ``tiny:ocr``, ``tiny:quality``, made by
+DiffusionNFT where the paper has Flow-GRPO (:mod:`benchmarks.settings` says how and why); what the paper calls GRPO-Mix
+is NFT-Mix here. All of them, and the students, are trained and drawn without guidance; the base also with its own.
+Every student of NFT-Mix and Flow-OPD sees :data:`SAMPLES` pictures of its own, once also :data:`BUDGET`, more than any
+teacher; SFT draws none of its own, it is trained on noisings of 1,600 pictures of the teachers. The adapters lie under
+``runs/table2/train/ARM/adapter``.
 """
 
 from __future__ import annotations
@@ -20,12 +18,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypeAlias
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -68,8 +65,6 @@ WEIGHTS = ("transition", "flow-opd-code", "velocity")
 CURVES = ("mix-long", "opd-merge-long", "mix", "opd-none", "opd-sft", "opd-merge")  # arms in the plot
 CURVE = 32  # prompts a task
 WITHOUT_GUIDANCE = ("--guidance", "1")
-Rows: TypeAlias = dict[str, dict[str, Any]]
-Table: TypeAlias = dict[str, Any]  # "arms": Rows, "hopes": what :func:`hopes` found
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -94,11 +89,6 @@ class Arm:
         settings = (f"out={self.out}", *self.changes)
         sets = [word for setting in settings for word in ("--set", setting)]
         return [sys.executable, "-m", "training", f"training/recipes/{self.recipe}.toml", *sets]
-
-    @property
-    def said(self) -> str | None:
-        """The command as one types it; None where nothing is trained."""
-        return " ".join(["python", *self.command[1:]]) if self.recipe else None
 
 
 def weight_settings(weight: str | None = None) -> tuple[str, ...]:
@@ -231,14 +221,14 @@ def row(arm: Arm | None) -> dict[str, Any]:
         return kept
     facts = json.loads((arm.out / "run.json").read_text())
     return kept | {
-        "command": arm.said,
+        "command": " ".join(["python", *arm.command[1:]]),
         "samples": 0 if facts["identity"]["recipe"]["stage"] == "sft" else facts["samples"],
         "identity": facts["identity"],
         "curve": curve(arm) if arm.name in CURVES else [],
     }
 
 
-def markdown(results: Rows) -> str:
+def markdown(results: dict[str, dict[str, Any]]) -> str:
     """The table with 95 % intervals."""
     lines = [
         "| | " + " | ".join(BENCHES.values()) + " | average | student samples |",
@@ -252,7 +242,7 @@ def markdown(results: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside_paper(results: Rows) -> str:
+def beside_paper(results: dict[str, dict[str, Any]]) -> str:
     """The rows that the paper has too, without intervals, beside the paper's."""
     lines = [
         "| | shapes | signs | quality | average | in the paper | GenEval | OCR | DeQA | PickScore | average |",
@@ -276,7 +266,7 @@ def write_readme(table: str, path: Path = Path("README.md")) -> None:
     path.write_text(f"{before}{START}\n{table}\n{END}{after}")
 
 
-def plot(results: Rows, path: Path) -> None:
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     """Score against student samples, one panel a bench."""
     import matplotlib
 
@@ -294,7 +284,7 @@ def plot(results: Rows, path: Path) -> None:
     pyplot.close(figure)
 
 
-def page(results: Rows) -> Image.Image:
+def page(results: dict[str, dict[str, Any]]) -> Image.Image:
     """The same prompts and seeds, one row an arm."""
     side, left = 68, 330
     sheet = Image.new("RGB", (left + SHOWN * side, len(results) * side), "white")
@@ -326,36 +316,21 @@ HOPES = (
     ("the same with seed 1", "opd-merge-seed1", "mix-seed1", tuple(BENCHES), 0.05),
     ("the same with seed 2", "opd-merge-seed2", "mix-seed2", tuple(BENCHES), 0.05),
     *(
-        (f"{mode} costs Flow-OPD (merge) at most 3 points", f"opd-merge-{name}", "opd-merge", tuple(BENCHES), -0.03)
-        for name, mode in (
-            ("window", "A window of two steps"),
-            ("sparse", "An anchor at every second step"),
-            ("fp8", "A backbone in fp8"),
-        )
-    ),
-    *(
         (f"MAR raises the quality of Flow-OPD ({start})", f"opd-{start}", f"opd-{start}-no-mar", ("quality",), 0.0)
         for start in ("none", "sft", "merge")
     ),
 )
 
 
-def hopes(results: Rows, fresh: Collection[str], before: Table) -> list[dict[str, Any]]:
+def hopes(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Each hope with the difference that was seen, paired by picture, its interval, and whether it came true.
 
     The mean over several benches has the root of the summed squares of their intervals' half widths as its own: the
-    benches are judged on different prompts. Of arms that are not ``fresh``, whose pictures may not be here, it stays as
-    ``before`` has it while both draw with the same weights as then.
+    benches are judged on different prompts.
     """
-    found, earlier = [], {hope["hope"]: hope for hope in before["hopes"]}
+    found = []
     for what, arm, against, flags, least in HOPES:
         if not {arm, against} <= results.keys():
-            continue
-        if not {arm, against} <= set(fresh):
-            same = all(name in before["arms"] for name in (arm, against)) and all(
-                before["arms"][name]["generator"] == results[name]["generator"] for name in (arm, against)
-            )
-            found += [earlier[what]] if same and what in earlier else []
             continue
         compared = compare_runs([RUNS / "evaluation" / name for name in (against, arm)]).comparisons
         rows = [c.overall.difference for c in compared if c.key in {BENCHES[flag] for flag in flags}]
@@ -379,29 +354,14 @@ def hopes_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def table_before() -> Table:
-    """The table as it is stored, without the rows that would be made by other commands today."""
-    if not RESULTS.is_file():
-        return {"arms": {}, "hopes": []}
-    stored: Table = json.loads(RESULTS.read_text())
-    commands = {arm.name: arm.said for arm in ARMS} | {"base-guided": None}
-    kept = {name: row for name, row in stored["arms"].items() if commands.get(name, "") == row.get("command")}
-    return {"arms": kept, "hopes": stored["hopes"]}
-
-
-def _base(found: dict[str, Any]) -> str:
-    return str(found["generator"]["base_sha256"])
-
-
 def main() -> int:
-    asked = set(sys.argv[1:])
-    if unknown := asked - {arm.name for arm in ARMS}:
+    wanted = sys.argv[1:] or [arm.name for arm in ARMS]
+    if unknown := set(wanted) - {arm.name for arm in ARMS}:
         print(
             f"No arm {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in ARMS)}.", file=sys.stderr
         )
         return 2
     console, trained = Console(stderr=True), {}
-    asked |= {arm.start for arm in ARMS if arm.name in asked}
 
     def whole(arm: Arm) -> dict[str, Any]:
         if arm.start in trained:
@@ -413,35 +373,22 @@ def main() -> int:
         console.print(f"{arm.name}: {scores}")
         return found
 
-    def is_wanted(name: str) -> bool:
-        return not asked or name in asked or (RUNS / "evaluation" / name).is_dir()
-
-    before, fresh = table_before(), Rows()
+    results: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures: dict[str, Future[dict[str, Any]]] = {}
-        if is_wanted("base-guided"):
-            futures["base-guided"] = pool.submit(row, None)
+        guided: Future[dict[str, Any]] = pool.submit(row, None)
         for arm in ARMS:
-            if is_wanted(arm.name):
-                futures[arm.name] = trained[arm.name] = pool.submit(whole, arm)
-        for name, future in futures.items():
-            fresh[name] = future.result()
-            kept = {n: r for n, r in before["arms"].items() if _base(r) == _base(fresh[name])}
-            known = kept | fresh
-            results = {name: known[name] for name in ("base-guided", *(arm.name for arm in ARMS)) if name in known}
-            seen = hopes(results, fresh, before)
+            if arm.name in wanted or arm.recipe is None or (arm.out / "run.json").is_file():
+                trained[arm.name] = pool.submit(whole, arm)
+        for name, future in {"base-guided": guided, **trained}.items():
+            results[name] = future.result()
+            seen = hopes(results)
             RESULTS.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
             Path("docs/table2.md").write_text(
                 PAGE.format(table=markdown(results), hopes=hopes_table(seen), limit=CURVE)
             )
     write_readme(beside_paper(results))
     plot(results, Path("docs/table2.png"))
-    if missing := results.keys() - fresh.keys():
-        console.print(
-            f"docs/table2-pictures.jpg stays as it is: the pictures of {', '.join(sorted(missing))} are gone."
-        )
-    else:
-        page(results).save("docs/table2-pictures.jpg", quality=92, subsampling=0)
+    page(results).save("docs/table2-pictures.jpg", quality=92, subsampling=0)
     print(markdown(results), hopes_table(seen), sep="\n")
     return 0
 

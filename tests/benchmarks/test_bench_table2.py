@@ -48,13 +48,9 @@ def evaluate(tmp_path, monkeypatch):
     return finished
 
 
-NOTHING = {"arms": {}, "hopes": []}
-
-
-def row(*scores, title="an arm", weights="", base="base"):
+def row(*scores, title="an arm"):
     metrics = {flag: {"value": s, "low": s - 0.1, "high": s + 0.1} for flag, s in zip(KEYS, scores, strict=True)}
-    made = {"generator": {"adapter_sha256": weights, "base_sha256": base}}
-    return {"title": title, "scores": metrics, "average": sum(scores) / 3, "samples": 1920} | made
+    return {"title": title, "scores": metrics, "average": sum(scores) / 3, "samples": 1920}
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -116,37 +112,27 @@ HOPE = ("what", "b", "a", ("geneval",))
 def test_a_hope_comes_true_where_the_paired_difference_exceeds_it(evaluate, monkeypatch, least, verdict):
     results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
-    (first,) = table2.hopes(results, results, NOTHING)
+    (first,) = table2.hopes(results)
     (compared,) = (
         c for c in compare_runs([table2.RUNS / "evaluation" / n for n in "ab"]).comparisons if "gen" in c.key
     )
     assert (first["low"], first["high"]) == (compared.overall.difference.low, compared.overall.difference.high)
     assert 0.3 < first["low"] < first["difference"] < first["high"]
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, least - 0.7 + first["difference"]),))
-    assert table2.hopes(results, results, NOTHING)[0]["seen"] == verdict
+    assert table2.hopes(results)[0]["seen"] == verdict
 
 
 def test_a_hope_on_all_benches_is_about_their_mean(evaluate, monkeypatch):
     results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0), ("all", "b", "a", tuple(KEYS), 0.0)))
-    one, all_three = table2.hopes(results, results, NOTHING)
+    one, all_three = table2.hopes(results)
     assert all_three["difference"] == pytest.approx(one["difference"] / 3)  # the other two benches are equal
     assert all_three["high"] - all_three["low"] == pytest.approx((one["high"] - one["low"]) / 3)
 
 
 def test_a_hope_waits_for_both_of_its_arms(evaluate, monkeypatch):
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
-    assert table2.hopes({"a": row(0.1, 0.1, 0.1)}, "a", NOTHING) == []
-
-
-@pytest.mark.parametrize(("weights", "kept"), [("same", True), ("other", False)])
-def test_a_hope_of_arms_that_are_gone_stays_while_their_weights_do(monkeypatch, weights, kept):
-    monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
-    arms = {name: row(0.1, 0.1, 0.1, weights="same") for name in "ab"}
-    stored = {"hope": "what", "difference": 0.25}
-    now = arms | {"b": row(0.1, 0.1, 0.1, weights=weights)}
-    assert table2.hopes(now, ["b"], {"arms": arms, "hopes": [stored]}) == ([stored] if kept else [])
-    assert table2.hopes(now, ["b"], {"arms": arms, "hopes": []}) == []
+    assert table2.hopes({"a": row(0.1, 0.1, 0.1)}) == []
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -185,48 +171,6 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(monkeypatch, capsys):
     assert table2.main() == 2
     assert "nonsense" in (said := capsys.readouterr().err)
     assert "opd-merge-seed2" in said
-
-
-@pytest.fixture
-def table(tmp_path, monkeypatch):
-    """A table in an empty checkout: what is stored before, and its rows after some arms ran; nothing is trained."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(table2.START + table2.END)
-    monkeypatch.setattr(table2, "RESULTS", tmp_path / "table2.json")
-    monkeypatch.setattr(table2, "train", lambda arm: None)
-    monkeypatch.setattr(table2, "plot", lambda *_: None)  # needs matplotlib
-    monkeypatch.setattr(table2, "HOPES", ())
-    made = []
-
-    def ran(stored, *arms):
-        (tmp_path / "table2.json").write_text(json.dumps({"arms": stored, "hopes": []}))
-        monkeypatch.setattr(table2, "row", lambda arm: made.append(arm.name) or row(1.0, 1.0, 1.0, title=arm.title))
-        monkeypatch.setattr("sys.argv", ["table2", *arms])
-        assert table2.main() == 0
-        return made, json.loads((tmp_path / "table2.json").read_text())["arms"]
-
-    return ran
-
-
-def of(name, **changes):
-    arm = next(arm for arm in table2.ARMS if arm.name == name)
-    return {name: row(0.5, 0.5, 0.5, title=name, **changes) | ({"command": arm.said} if arm.recipe else {})}
-
-
-def test_rows_of_arms_that_were_not_asked_for_stay(table, capsys):
-    made, after = table(of("opd-sft") | of("geneval") | of("opd-merge"), "opd-merge-fp8")
-    assert sorted(made) == ["merge", "opd-merge-fp8"]  # and what it starts from
-    assert list(after) == ["geneval", "merge", "opd-sft", "opd-merge", "opd-merge-fp8"]
-    assert [found["average"] for found in after.values()] == [0.5, 1.0, 0.5, 0.5, 1.0]
-    assert "| opd-sft | 0.500 [" in Path("docs/table2.md").read_text()
-    assert "the pictures of geneval, opd-merge, opd-sft are gone" in " ".join(capsys.readouterr().err.split())
-
-
-def test_rows_of_other_commands_or_another_base_go(table):
-    changed = {"opd-merge": of("opd-merge")["opd-merge"] | {"command": "python -m training old.toml"}}
-    _, after = table(changed | of("geneval", base="older") | of("opd-sft") | {"gone": row(0.5, 0.5, 0.5)}, "base")
-    assert list(after) == ["base", "opd-sft"]
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
