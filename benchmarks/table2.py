@@ -1,4 +1,4 @@
-"""The paper's Table 2 in miniature: ``python -m benchmarks.table2 [ARM…]``; without an arm: all of them.
+"""The paper's Table 2 in miniature: ``python -m benchmarks.table2``; with ``modes``, what those cost instead.
 
 Trains every arm with ``python -m training``, evaluates it on held-out prompts with ``flowopd-eval``, and writes
 ``benchmarks/results/table2.json``, ``docs/table2.md`` (the table, and what was hoped for beside what was seen),
@@ -10,19 +10,24 @@ is NFT-Mix here. All of them, and the students, are trained and drawn without gu
 Every student of NFT-Mix and Flow-OPD sees :data:`SAMPLES` pictures of its own, once also :data:`BUDGET`, more than any
 teacher; SFT draws none of its own, it is trained on noisings of 1,600 pictures of the teachers. The adapters lie under
 ``runs/table2/train/ARM/adapter``.
+
+``modes`` trains Flow-OPD (merge) with each mode that saves work or memory, and once more without: processors of another
+kind round otherwise, so that both must be of one machine. It writes ``benchmarks/results/table2-modes.json`` alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
@@ -141,10 +146,12 @@ ARMS = (
     ),
     *(_mix("tiny_nft_mix", f"mix-seed{n}", f"NFT-Mix (all rewards), seed {n}", f"seed={n}") for n in (1, 2)),
     *(_opd(f"opd-merge-seed{n}", f"Flow-OPD (merge), seed {n}", "merge", f"seed={n}") for n in (1, 2)),
+    _opd("opd-merge-long", f"Flow-OPD (merge), {BUDGET:,} samples", "merge", samples=BUDGET),
+)
+MODES = (
     _opd("opd-merge-window", "Flow-OPD (merge), window of two steps", "merge", "rollout.window=2"),
     _opd("opd-merge-sparse", "Flow-OPD (merge), anchor at every second step", "merge", "anchor.every=2"),
     _opd("opd-merge-fp8", "Flow-OPD (merge), backbone in fp8", "merge", "storage=float8"),
-    _opd("opd-merge-long", f"Flow-OPD (merge), {BUDGET:,} samples", "merge", samples=BUDGET),
 )
 
 
@@ -301,6 +308,7 @@ def page(results: dict[str, dict[str, Any]]) -> Image.Image:
     return sheet
 
 
+Hope: TypeAlias = tuple[str, str, str, tuple[str, ...], float]
 # What the paper lets one hope for: (what, arm, arm it is held against, benches, least difference that is hoped for).
 # All three benches: their mean.
 HOPES = (
@@ -322,14 +330,19 @@ HOPES = (
 )
 
 
-def hopes(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+MODE_HOPES = tuple(
+    (f"{arm.title} is within 3 points of without", arm.name, "opd-merge", tuple(BENCHES), -0.03) for arm in MODES
+)
+
+
+def hopes(results: dict[str, dict[str, Any]], of: Sequence[Hope]) -> list[dict[str, Any]]:
     """Each hope with the difference that was seen, paired by picture, its interval, and whether it came true.
 
     The mean over several benches has the root of the summed squares of their intervals' half widths as its own: the
     benches are judged on different prompts.
     """
     found = []
-    for what, arm, against, flags, least in HOPES:
+    for what, arm, against, flags, least in of:
         if not {arm, against} <= results.keys():
             continue
         compared = compare_runs([RUNS / "evaluation" / name for name in (against, arm)]).comparisons
@@ -354,17 +367,12 @@ def hopes_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    wanted = sys.argv[1:] or [arm.name for arm in ARMS]
-    if unknown := set(wanted) - {arm.name for arm in ARMS}:
-        print(
-            f"No arm {', '.join(sorted(unknown))}; there are: {', '.join(arm.name for arm in ARMS)}.", file=sys.stderr
-        )
-        return 2
+def run(arms: Sequence[Arm], guided: bool) -> Iterator[dict[str, dict[str, Any]]]:
+    """Train and evaluate ``arms``, with ``guided`` also the base as it is meant to be drawn; all rows, row by row."""
     console, trained = Console(stderr=True), {}
 
     def whole(arm: Arm) -> dict[str, Any]:
-        if arm.start in trained:
+        if arm.recipe and arm.start in trained:
             trained[arm.start].result()
         console.print(f"{arm.name}: in {arm.out if arm.recipe else RUNS / 'evaluation' / arm.name}")
         train(arm)
@@ -375,21 +383,39 @@ def main() -> int:
 
     results: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        guided: Future[dict[str, Any]] = pool.submit(row, None)
-        for arm in ARMS:
-            if arm.name in wanted or arm.recipe is None or (arm.out / "run.json").is_file():
-                trained[arm.name] = pool.submit(whole, arm)
-        for name, future in {"base-guided": guided, **trained}.items():
+        futures: dict[str, Future[dict[str, Any]]] = {"base-guided": pool.submit(row, None)} if guided else {}
+        for arm in arms:
+            futures[arm.name] = trained[arm.name] = pool.submit(whole, arm)
+        for name, future in futures.items():
             results[name] = future.result()
-            seen = hopes(results)
-            RESULTS.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
-            Path("docs/table2.md").write_text(
-                PAGE.format(table=markdown(results), hopes=hopes_table(seen), limit=CURVE)
-            )
+            yield results
+
+
+def modes() -> None:
+    """Flow-OPD (merge) with and without each mode."""
+    alone = [arm for arm in ARMS if arm.name in ("merge", "opd-merge")]
+    for results in run([*alone, *MODES], guided=False):
+        seen = hopes(results, MODE_HOPES)
+        RESULTS.with_name("table2-modes.json").write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
+    print(markdown(results), hopes_table(seen), sep="\n")
+
+
+def table() -> None:
+    """All of the table, and what is made of it."""
+    for results in run(ARMS, guided=True):
+        seen = hopes(results, HOPES)
+        RESULTS.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
+        Path("docs/table2.md").write_text(PAGE.format(table=markdown(results), hopes=hopes_table(seen), limit=CURVE))
     write_readme(beside_paper(results))
     plot(results, Path("docs/table2.png"))
     page(results).save("docs/table2-pictures.jpg", quality=92, subsampling=0)
     print(markdown(results), hopes_table(seen), sep="\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("benchmarks.table2", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("part", nargs="?", choices=["modes"], help="what modes cost, instead of the table")
+    modes() if parser.parse_args().part else table()
     return 0
 
 

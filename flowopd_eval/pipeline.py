@@ -64,11 +64,14 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
                 experts are loaded too; a name given here replaces one of theirs.
             guidance: name -> the guidance scale an expert was made for, where that is not the record's.
             record: the sampling record; None takes the saved pipeline's, or SD3.5-Medium's.
-            **kwargs: passed on to diffusers (``dtype``, ``revision``, ``token``, ``text_encoder_3=None``, ...).
+            **kwargs: passed on to diffusers (``dtype``, ``revision``, ``token``, ``text_encoder_3=None``, ...). Without
+                ``dtype`` all parts are fp32; left to themselves, text encoders would come as they are stored.
 
         Raises:
             RequestError: an adapter that does not fit the backbone.
         """
+        if not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = torch.float32
         pipeline = super().from_pretrained(str(base), **{**_absent_encoders(Path(base)), **kwargs})
         settings = _read_settings(Path(base))
         saved = {name: Path(base) / EXPERTS_FOLDER / name for name in settings.get("experts", [])}

@@ -144,6 +144,16 @@ def test_saved_pipeline_is_stock_for_diffusers_and_whole_for_us(pipe, tmp_path):
         torch.testing.assert_close(latents(again, PROMPTS[:1], expert=expert, seed=1), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("asked", "dtype"), [({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)])
+def test_all_parts_have_one_precision_however_they_are_stored(tmp_path, asked, dtype):
+    stored = FlowOPDPipeline.from_pretrained(fetch_base("builtin:tiny"), record=TINY_RECORD, dtype=torch.float16)
+    stored.save_pretrained(tmp_path)
+    pipeline = FlowOPDPipeline.from_pretrained(tmp_path, record=TINY_RECORD, **asked)
+    parts = (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae)
+    assert {part.dtype for part in parts} == {dtype}
+    assert pipeline(PROMPTS[0], num_inference_steps=1, seed=1).images[0].size == (64, 64)
+
+
 def test_diffusers_arguments_still_hold(pipe):
     seen = []
 

@@ -353,13 +353,20 @@ class Mask2FormerDetector:
         colours: tells the colours.
         device: where it runs.
         view: what the network sees of a picture (official: the picture).
-        batch: pictures of one size at a time.
+        batch: pictures of one size at a time; None is 8, and 1 on a CPU, where several are slower than one by one
+            (``benchmarks.scoring detector``).
     """
 
     def __init__(
-        self, weights: Path, colours: ColourClassifier, device: str = "cpu", view: View | None = None, batch: int = 8
+        self,
+        weights: Path,
+        colours: ColourClassifier,
+        device: str = "cpu",
+        view: View | None = None,
+        batch: int | None = None,
     ) -> None:
-        self.weights, self.colours, self.device, self.batch = weights, colours, device, batch
+        self.weights, self.colours, self.device = weights, colours, device
+        self.batch = batch or (1 if device == "cpu" else 8)
         self.view = view or (lambda image: image)
 
     @cached_property

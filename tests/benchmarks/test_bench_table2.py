@@ -92,11 +92,11 @@ def test_of_close_weights_the_first_is_taken(monkeypatch):
 
 
 def test_every_arm_asks_for_settings_that_its_recipe_knows():
-    for arm in table2.ARMS:
+    for arm in (*table2.ARMS, *table2.MODES):
         if arm.recipe:
             recipe, *sets = (word for word in arm.command[3:] if word != "--set")
             load_recipe(Path(recipe), sets)
-    names = [arm.name for arm in table2.ARMS]
+    names = [arm.name for arm in (*table2.ARMS, *table2.MODES)]
     assert len(set(names)) == len(names)
     assert all(arm.name == "base" or arm.start in names[: names.index(arm.name)] for arm in table2.ARMS)
 
@@ -112,27 +112,27 @@ HOPE = ("what", "b", "a", ("geneval",))
 def test_a_hope_comes_true_where_the_paired_difference_exceeds_it(evaluate, monkeypatch, least, verdict):
     results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
-    (first,) = table2.hopes(results)
+    (first,) = table2.hopes(results, table2.HOPES)
     (compared,) = (
         c for c in compare_runs([table2.RUNS / "evaluation" / n for n in "ab"]).comparisons if "gen" in c.key
     )
     assert (first["low"], first["high"]) == (compared.overall.difference.low, compared.overall.difference.high)
     assert 0.3 < first["low"] < first["difference"] < first["high"]
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, least - 0.7 + first["difference"]),))
-    assert table2.hopes(results)[0]["seen"] == verdict
+    assert table2.hopes(results, table2.HOPES)[0]["seen"] == verdict
 
 
 def test_a_hope_on_all_benches_is_about_their_mean(evaluate, monkeypatch):
     results = {"a": evaluate("a", (0.2, 0.5, 0.5)), "b": evaluate("b", (0.8, 0.5, 0.5))}
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0), ("all", "b", "a", tuple(KEYS), 0.0)))
-    one, all_three = table2.hopes(results)
+    one, all_three = table2.hopes(results, table2.HOPES)
     assert all_three["difference"] == pytest.approx(one["difference"] / 3)  # the other two benches are equal
     assert all_three["high"] - all_three["low"] == pytest.approx((one["high"] - one["low"]) / 3)
 
 
 def test_a_hope_waits_for_both_of_its_arms(evaluate, monkeypatch):
     monkeypatch.setattr(table2, "HOPES", ((*HOPE, 0.0),))
-    assert table2.hopes({"a": row(0.1, 0.1, 0.1)}) == []
+    assert table2.hopes({"a": row(0.1, 0.1, 0.1)}, table2.HOPES) == []
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -166,11 +166,48 @@ def test_a_readme_without_a_place_for_the_table_is_refused_and_kept(tmp_path, te
     assert path.read_text() == text
 
 
-def test_an_unknown_arm_is_refused_with_the_known_ones(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["table2", "opd-merge", "nonsense"])
-    assert table2.main() == 2
-    assert "nonsense" in (said := capsys.readouterr().err)
-    assert "opd-merge-seed2" in said
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """An empty checkout in which arms train and are evaluated in no time; the names of those that did."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(table2.START + table2.END)
+    monkeypatch.setattr(table2, "RESULTS", tmp_path / "table2.json")
+    ran = []
+    monkeypatch.setattr(table2, "train", lambda arm: ran.append(arm.name))
+    monkeypatch.setattr(table2, "row", lambda arm: row(0.5, 0.5, 0.5, title=arm.title if arm else "guided"))
+    monkeypatch.setattr(table2, "hopes", lambda results, of: [])
+    monkeypatch.setattr(table2, "plot", lambda *_: None)  # needs matplotlib
+    monkeypatch.setattr(table2, "page", lambda results: Image.new("RGB", (8, 8)))
+    return ran
+
+
+def test_the_table_has_all_arms_in_order_and_is_written_everywhere(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["table2"])
+    assert table2.main() == 0
+    names = [arm.name for arm in table2.ARMS]
+    assert sorted(checkout) == sorted(names)
+    assert list(json.loads((tmp_path / "table2.json").read_text())["arms"]) == ["base-guided", *names]
+    assert (tmp_path / "docs" / "table2.md").read_text().count("0.500 [0.400, 0.600]") == 3 * (len(names) + 1)
+    assert "| Flow-OPD (merge) | 0.50 | 0.50" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "docs" / "table2-pictures.jpg").is_file()
+
+
+def test_modes_are_trained_beside_the_same_without_and_leave_the_table_alone(checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["table2", "modes"])
+    assert table2.main() == 0
+    assert sorted(checkout) == ["merge", "opd-merge", "opd-merge-fp8", "opd-merge-sparse", "opd-merge-window"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "docs", "table2-modes.json"]
+    assert (tmp_path / "README.md").read_text() == table2.START + table2.END
+    assert not list((tmp_path / "docs").iterdir())
+
+
+def test_each_mode_is_held_against_the_same_without(evaluate):
+    results = {name: evaluate(name, (share,) * 3) for name, share in (("opd-merge", 0.8), ("opd-merge-fp8", 0.5))}
+    (seen,) = table2.hopes(results, table2.MODE_HOPES)
+    assert "fp8" in seen["hope"]
+    assert seen["high"] < -0.03
+    assert seen["seen"] == "no"
 
 
 # --- what is drawn ---------------------------------------------------------------------------------------------------
