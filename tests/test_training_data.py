@@ -5,6 +5,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from dataclasses import asdict, replace
 from itertools import accumulate
 
 import pytest
@@ -17,12 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from flowopd_eval.errors import RequestError
 from flowopd_eval.flow import guided_velocity
+from flowopd_eval.models import TINY_RECORD
 from flowopd_eval.pipeline import FlowOPDPipeline
-from flowopd_eval.records import Prompt
+from flowopd_eval.records import SETTINGS_FILE, Prompt
 from flowopd_eval.tiny.suite import shapes_geneval_prompts, sign_prompts
-from training.config import Task, load_recipe
+from training.config import Task, Teacher, load_recipe
 from training.data import Embeddings, Mixture, task_prompts
-from training.policies import Policies
+from training.policies import Policies, teacher_record
 from training.rewards import Rewards, load_reward
 
 pytest_plugins = ["tiny_training"]
@@ -281,6 +283,18 @@ def test_each_expert_has_its_own_guidance_and_text_length(tiny, pipeline, tmp_pa
                 transformer = whole if name == "anchor" else pipeline.transformer
                 both += transformer(x[n : n + 1], states, pooled, sigma[None] * 1000, return_dict=False)
         torch.testing.assert_close(found[n : n + 1], guided_velocity(*both, guidance), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("said", "taught"),
+    [({}, (2.5, 7)), ({"guidance": 1.0}, (1.0, 7)), ({"text_length": 3}, (2.5, 3)),
+     ({"guidance": 1.0, "text_length": 3}, (1.0, 3))],
+)  # fmt: skip
+def test_what_a_recipe_leaves_open_a_teachers_own_record_says(tmp_path, said, taught):
+    record = replace(TINY_RECORD, guidance=2.5, text_length=7)
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps({"adapter_of": "tiny:base", "record": asdict(record)}))
+    found = teacher_record(Teacher(source=str(tmp_path), **said), TINY_RECORD)
+    assert (found.guidance, found.text_length) == taught
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

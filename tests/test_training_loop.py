@@ -544,6 +544,14 @@ def test_a_strip_s_prompt_belongs_to_the_task_it_was_taken_for(tiny, tmp_path):
     assert shown[0][0] in {prompt.prompt for prompt in prompts["all"].held_out}
 
 
+def test_a_prompt_of_two_tasks_is_shown_with_the_first_ones_teacher(tiny, tmp_path):
+    first = tiny.values("distill", tmp_path)["tasks"][0]
+    tasks = [first, first | {"name": "again", "teacher": "two" if first["teacher"] == "one" else "one"}]
+    config = tiny.recipe("distill", tmp_path, tasks=tasks, strip_prompts=2)
+    shown = strip_prompts(config, {task.name: task_prompts(task) for task in config.tasks})
+    assert list(shown.values()) == [first["teacher"]] * 2
+
+
 def test_a_strip_shows_base_teacher_and_student(tiny, tmp_path):
     changes = {"optimizer": {"learning_rate": 0.05, "ema": 0.0, "ema_every": 1}, "strip_every": 2, "strip_prompts": 2}
     adapter = run(tiny, "direct", tmp_path, steps=2, **changes)
