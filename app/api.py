@@ -1,6 +1,8 @@
 """What programs may ask: everything on the page, as plain JSON, under names that stay.
 
-Pictures travel as ``data:`` addresses; ``compare`` tells each step and returns everything at its end.
+Pictures travel as ``data:`` addresses; ``compare`` tells each step and returns everything at its end. The docstrings
+are what the API page and ``Client.view_api`` show; gradio has no place for words on a single parameter, so that each
+is named there.
 """
 
 from __future__ import annotations
@@ -95,7 +97,12 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         guidance: float | None = None,
         side: int | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Draw a prompt with several models from the same noise; null takes all models, or each model's own record."""
+        """Draw a prompt with several models from the same noise: steps on the way, everything at the end.
+
+        ``arms`` are names out of /models; null: all of them. ``seed`` decides the noise. ``steps``, ``guidance`` (the
+        scale) and ``side`` (height and width in pixels) hold for all models; null: each model's own. /limits says how
+        large they may be.
+        """
         session.check_side(side)  # first: what this family draws, not what any family might
         names = [arm.name for arm in session.ready] if arms is None else arms
         request = session.check(
@@ -129,9 +136,10 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
         }
 
     def restore(png: str) -> dict[str, Any]:
-        """The settings that a saved comparison, a ``data:`` address, carries; its models as far as they are here.
+        """The settings that a saved comparison carries; its models as far as they are here.
 
-        ``changed`` are those of them that are other models here than those that drew then.
+        ``png`` is the ``comparison`` of /compare, or a file saved on the page as a ``data:`` address. ``changed`` are
+        those of them that are other models here than those that drew then.
         """
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "comparison.png"
@@ -144,7 +152,7 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
     def vote_pair(prompt: str | None = None, seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Two pictures without names, and the ticket by which to vote on them.
 
-        No prompt, or an empty one: one of the examples. No seed: any.
+        No ``prompt``, or an empty one: one of the examples. No ``seed``: any.
         """
         for event in polling.pair(polling.request(prompt, seed)):
             if isinstance(event, Pair):
@@ -155,7 +163,10 @@ def offer(session: Session, polling: Polling, runs: Runs | None) -> None:
                 yield {"step": event[0], "of": event[1]}
 
     def vote(ticket: str, choice: str) -> dict[str, Any]:
-        """Vote ``left``, ``tie`` or ``right`` on a pair, once; returns who drew what."""
+        """Vote on a pair of /vote_pair by its ``ticket``, once; returns who drew what.
+
+        ``choice`` is left, tie or right.
+        """
         return asdict(polling.ballot.cast(ticket, choice))
 
     def standings() -> list[dict[str, Any]]:
@@ -184,7 +195,7 @@ def _offer_runs(given: Runs | None) -> None:
         return given.names() if given else []
 
     def run(name: str) -> dict[str, Any]:
-        """A run's summaries, and what could not be judged."""
+        """A run's summaries, and what could not be judged. ``name`` is one of /runs."""
         loaded = here().load(name)
         return {
             "note": loaded.note,
@@ -193,11 +204,14 @@ def _offer_runs(given: Runs | None) -> None:
         }
 
     def run_csv(name: str) -> str:
-        """A run's tables as CSV."""
+        """A run's tables as CSV. ``name`` is one of /runs."""
         return here().csv(name)
 
     def run_comparison(name: str) -> list[dict[str, Any]]:
-        """Every model of a run beside its first: a sentence, what to mind, and the rows with intervals."""
+        """Every model of a run beside its first: a sentence, what to mind, and the rows with intervals.
+
+        ``name`` is one of /runs.
+        """
         return [
             {
                 "key": one.key,
@@ -217,7 +231,11 @@ def _offer_runs(given: Runs | None) -> None:
         disagree: bool = False,
         page: int = 0,
     ) -> dict[str, Any]:
-        """The addresses of a run's pictures by model, metric, task, verdict, or the models' disagreement."""
+        """The addresses of a run's pictures, a hundred a ``page``, counted from 0; ``name`` is one of /runs.
+
+        Only those of a ``model``, of a metric by its ``key``, of a ``task``, and of a ``verdict`` (right, wrong,
+        scored or unscored); null: any. ``disagree``: only where the run's models do.
+        """
         if verdict not in (None, *VERDICTS):
             raise RequestError(f"Verdict: expected {', '.join(VERDICTS)}, or null for any, but got {verdict!r}.")
         found = pictures(here().load(name))
@@ -242,7 +260,10 @@ def _offer_runs(given: Runs | None) -> None:
         return {"count": len(left), "pictures": listed}
 
     def run_picture(name: str, model: str, key: str, id: str, k: int) -> dict[str, Any]:
-        """One picture at full size with its boxes and its provenance; no boxes and no score where it is not intact."""
+        """One picture at full size with its boxes and its provenance; no boxes and no score where it is not intact.
+
+        ``name`` is one of /runs; ``model``, ``key``, ``id`` and ``k`` are as /run_pictures lists them.
+        """
         full = here().picture(name, {"model": model, "key": key, "id": id, "k": k})
         return {
             "picture": cards.data_url(full.picture, exact=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _NUMBER, _PLACES = 7.0, 14  # percent of a picture that a box's number is wide, at most; places tried along an edge
+_INTERVAL = re.compile(r"\[[^\[\]]*\]")
 _SMALL = 256  # pixels; larger pictures travel to the page as WebP, which a person cannot tell from them
 
 
@@ -217,9 +219,10 @@ def _with_code(text: str) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> str:
     """A table whose first column names its rows; wider than the page, it is scrolled by itself."""
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+    # A model's name may be broken behind its family's, where a phone breaks the cells.
+    head = "".join(f'<th scope="col">{escape(cell).replace(":", ":<wbr>")}</th>' for cell in header)
     body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{_cell(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in rows
     )
     whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -227,6 +230,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) ->
         f'<figure class="sheet"><figcaption>{escape(caption)}</figcaption>'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{whole}</div></figure>'
     )
+
+
+def _cell(text: str) -> str:
+    """``text`` with an interval as one piece: on a phone it stands below its value."""
+    return _INTERVAL.sub(r"<span>\g<0></span>", escape(text))
 
 
 def interval(one: Mapping[str, Any] | None) -> str:

@@ -34,6 +34,9 @@ _SEE = """(...asked) => {
 # In the page itself: the server would answer only after its turn, and its answer could overtake that of the drawing.
 _BUSY = """() => [{__type__: "update", interactive: false}, {__type__: "update", interactive: true}]"""
 
+# The line under the pictures cannot be reached by keyboard: this moves it, in the page itself.
+_MOVE = """at => ({__type__: "update", slider_position: at})"""
+
 
 class CompareTab:
     """The components of the tab and what they do."""
@@ -114,6 +117,9 @@ class CompareTab:
                     self.slider = gr.ImageSlider(
                         label="Drag the line", format="png", buttons=["fullscreen"], max_height=512, elem_id="slider"
                     )
+                    self.line = gr.Slider(
+                        0, 100, 50, step=1, label="The line, in percent from the left", buttons=[], elem_id="line"
+                    )
         self.results = gr.State(None)
 
     def _connect(self) -> None:
@@ -143,6 +149,7 @@ class CompareTab:
         gr.on(
             [self.left.input, self.right.input], self.lay, [self.left, self.right, self.results], self.slider, **at_once
         )
+        self.line.input(None, self.line, self.slider, js=_MOVE, **at_once)
         for own, value in ((self.own_steps, self.steps), (self.own_guidance, self.guidance)):
             own.change(lambda own: gr.update(interactive=not own), own, value, **at_once)
         self.dice.click(lambda: random.randrange(SEED + 1), None, self.seed, **at_once)

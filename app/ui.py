@@ -24,6 +24,11 @@ TITLE = "Flow-OPD: student against experts"
 TOY = "Toy model: the same code at 1/600 of the size."
 QUEUE = 64  # requests that may wait; further ones are told that the queue is full
 _STYLE = Path(__file__).with_name("style.css")
+# Left with Tab, gradio's list of choices closes and, of the same key, opens again over what comes next.
+_CLOSE = """() => document.addEventListener("focusout", ({target}) => {
+  if (target.matches("input[role=combobox]"))
+    target.dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
+})"""
 _HOUR = 3600
 _SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "DejaVu Sans", "sans-serif")
 _MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace")
@@ -109,6 +114,7 @@ def serve(blocks: gr.Blocks, host: str | None, port: int | None, **more: Any) ->
         server_port=port,
         theme=theme(),
         css=_STYLE.read_text(),
+        js=_CLOSE,
         show_error=False,
         allowed_paths=[],
         max_file_size="32mb",

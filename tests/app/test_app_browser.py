@@ -153,6 +153,10 @@ def test_any_two_lie_under_the_slider(page):
     )
     after = [image.get_attribute("src") for image in page.locator("#slider img").all()]
     assert len(set(before + after)) == 3
+    line = "parseFloat(document.querySelector('#slider img.fixed').style.clipPath.split(' ').at(-1))"
+    page.wait_for_function(f"{line} == 50")
+    page.locator("#line input[type=range]").press("End")  # the line itself cannot be reached by keyboard
+    page.wait_for_function(f"{line} > 60")
 
 
 def test_a_comparison_is_saved_and_its_png_restores_every_setting(page, tmp_path, server):
@@ -287,6 +291,8 @@ def test_draw_is_off_while_drawing_and_stop_while_not(page):
     page.wait_for_selector("#status .bad")
     page.wait_for_selector("#draw:enabled")
     assert page.locator("#stop").is_disabled()
+    assert page.inner_text("#grid .asked").startswith("Drawn earlier: a photo of a star above a square")
+    assert float(page.eval_on_selector("#grid .cards", "e => getComputedStyle(e).opacity")) < 1
 
 
 @pytest.mark.parametrize(
@@ -402,6 +408,16 @@ def test_runs_are_shown_filtered_and_opened(page):
     assert page.locator("#run-tables .bar").count() == 6
     assert page.inner_text("#count .count") == "40 pictures · page 1 of 2"
     assert_evenly_spaced(page)
+    for width in (375, 768, 1000, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 900})
+        hidden = "[...document.querySelectorAll('#run-tables .scroll')].map(e => e.scrollWidth - e.clientWidth)"
+        assert page.evaluate(hidden) == [0, 0], width
+    page.set_viewport_size(WIDE)
+    page.locator("#filter-key input").focus()
+    for _ in range(4):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.closest('#disagree') != null")
+    page.wait_for_function("!document.querySelector('.option-list')")  # no list is left open behind
     page.click("#on")
     page.wait_for_function("document.querySelector('#count .count').innerText == '40 pictures · page 2 of 2'")
     assert not page.locator("#on").is_enabled()
@@ -421,6 +437,8 @@ def test_runs_are_shown_filtered_and_opened(page):
       return at.top > -5 && at.top < innerHeight / 2; }""")
     assert "painter:base · wrong" in detail
     assert "generator.sampling.steps" in detail
+    page.set_viewport_size({"width": 768, "height": 900})
+    assert page.eval_on_selector("#detail dd", "e => e.clientWidth") > 300
 
 
 @pytest.mark.slow
@@ -484,7 +502,16 @@ def test_text_stands_out_from_its_ground_in_both_modes(page):
       while (getComputedStyle(ground).backgroundColor.match(/, 0\\)$/)) ground = ground.parentElement;
       const [a, b] = [light(getComputedStyle(e).color), light(getComputedStyle(ground).backgroundColor)];
       return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); }"""
-    for selector in (".head h1", ".head .lead", ".head .toy", "#grid .empty p", "#draw", "#stop", ".chip"):
+    for selector in (
+        ".head h1",
+        ".head .lead",
+        ".head .toy",
+        "#grid .empty p",
+        "#draw",
+        "#stop",
+        ".chip",
+        "[role=tab].selected",
+    ):
         assert page.evaluate(ratio, selector) >= 4.5, selector
 
 

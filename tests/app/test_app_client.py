@@ -44,6 +44,13 @@ def test_exactly_the_promised_names_are_offered(client):
     assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == NAMES
 
 
+def test_every_name_says_what_it_does_and_what_each_of_its_parameters_is(client):
+    for name, told in client.view_api(return_format="dict", print_info=False)["named_endpoints"].items():
+        assert told["description"], name
+        unsaid = {one["parameter_name"] for one in told["parameters"]} - set(re.findall(r"\w+", told["description"]))
+        assert unsaid == set(), name
+
+
 def test_models_limits_and_examples_are_told(client, session):
     models = client.predict(api_name="/models")
     assert [one["name"] for one in models] == list(session.arms)
@@ -183,6 +190,21 @@ def test_runs_are_read_through_names_and_addresses(client):
 def test_a_verdict_that_does_not_exist_is_refused_in_words(client):
     with pytest.raises(AppError, match=r"Verdict: expected right, wrong, scored, unscored, .* but got 'fine'"):
         client.predict("deep/two", verdict="fine", api_name="/run_pictures")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"model": "nobody"}, "Model: expected painter:base, painter:student, or null for any, but got 'nobody'."),
+        ({"key": "geneval"}, "Key: expected red_squares, or null for any, but got 'geneval'."),
+        ({"task": "/home/joe/x"}, "Task: expected counting, colors, or null for any, but got '…/x'."),
+        ({"page": 1}, "Page: expected a whole number from 0 to 0, but got 1."),
+        ({"page": -1}, "Page: expected a whole number from 0 to 0, but got -1."),
+    ],
+)
+def test_a_name_that_no_picture_bears_is_refused_with_those_that_are_there(client, asked, said):
+    with pytest.raises(AppError, match=re.escape(said)):
+        client.predict("deep/two", **asked, api_name="/run_pictures")
 
 
 @pytest.mark.parametrize("name", ["../../etc", "/etc", "..", "deep/../deep/two"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from app.picture import CHUNK, enlarged, read_comparison, write_comparison
+from app.picture import CHUNK, enlarged, file_name, read_comparison, write_comparison
 from app.wanted import wanted
 from flowopd_eval.errors import RequestError
 from flowopd_eval.records import Score
@@ -112,6 +112,22 @@ def test_enlarging_multiplies_every_pixel_by_a_whole_number(side, least, wide):
     factor = wide // side
     assert large.shape[0] == wide
     assert np.array_equal(large, np.asarray(picture).repeat(factor, 0).repeat(factor, 1))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("a photo of a red circle", "flow-opd-a-photo-of-a-red-circle-9.png"),
+        ('A sign that says "TEA"!', "flow-opd-a-sign-that-says-tea-9.png"),
+        ("../../etc/passwd\\x", "flow-opd-etc-passwd-x-9.png"),
+        ("größer", "flow-opd-gr-er-9.png"),
+        ("狗", "flow-opd-9.png"),
+        ("x" * 400, f"flow-opd-{'x' * 40}-9.png"),
+        ("x" * 39 + " y", f"flow-opd-{'x' * 39}-9.png"),
+    ],
+)
+def test_a_saved_file_is_called_by_its_prompts_first_words_and_its_seed(prompt, name):
+    assert file_name(wanted({"prompt": prompt, "seed": 9, "arms": ["base"]})) == name
 
 
 def test_a_copy_saved_again_without_change_is_still_one(saved):

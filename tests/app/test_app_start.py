@@ -1,5 +1,6 @@
 """How the demo starts: from the command line, as a Space under any folder's name, and where the model cannot be had."""
 
+import logging
 import os
 import re
 import socket
@@ -125,6 +126,24 @@ def test_a_port_that_is_taken_is_one_line_and_exit_code_2(checked, monkeypatch, 
             command.run()
     assert end.value.code == 2
     assert f"app: --port {port} is taken; leave --port out or choose another.\n" in capsys.readouterr().err
+
+
+def test_what_a_visitor_asked_for_is_no_warning_of_the_servers_and_others_are(session, monkeypatch, capsys):
+    from app import __main__ as command
+    from app.wanted import wanted
+    from flowopd_eval import pipeline
+
+    asked = wanted({"prompt": "a star", "seed": 1, "arms": ["base"], "steps": 1, "guidance": 2.0})
+
+    def serve(start):
+        pipeline._warn_once.cache_clear()
+        assert len(list(session.draw(asked))) > 1
+        logging.getLogger("app.session").warning("student could not draw")
+
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(command.typer, "run", serve)
+    command.run()
+    assert capsys.readouterr().err == "app: student could not draw\n"
 
 
 def test_votes_on_a_space_are_said_to_be_temporary(session, tmp_path, monkeypatch):
