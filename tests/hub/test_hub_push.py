@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from flowopd_eval.adapters import Adapter, Factors, fresh_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.hub.licences import licence_files
+from flowopd_eval.hub.licences import licence_files, licence_texts
 from flowopd_eval.hub.repository import Repository, refuse_secrets, without_addresses, without_paths, without_places
 from flowopd_eval.hub.results import _check_backbone
-from flowopd_eval.hub.subject import read_subject, skeleton
+from flowopd_eval.hub.subject import AGAIN, MERGED, STARTED, Upstream, read_subject, skeleton
 from flowopd_eval.hub.there import There, explained
 from flowopd_eval.models import FAMILIES, fetch_base, folder_sha256
 
@@ -487,6 +487,24 @@ def test_a_teachers_licence_binds_its_student_only_where_it_says_so(machine, hub
         card = of(hub, "me/student").files["README.md"].decode()
         assert ModelCard(card).data.license == stays
         assert f"hub:{name}" in card.replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    ("role", "licence", "carried"),
+    [(AGAIN, "mit", True), (MERGED, "mit", True), (STARTED, "mit", True), (f"teacher, {STARTED}", "mit", True),
+     ("teacher", "mit", False), ("anchor", "mit", False), ("teacher", "mit-and-cc-by-nc-4.0", True)],
+)  # fmt: skip
+def test_whose_values_are_in_it_is_carried_and_whose_licence_says_so(role, licence, carried):
+    assert Upstream("hub:somebody/adapter", role, licence).carried == carried
+
+
+def test_a_link_by_a_licences_name_leads_nowhere(tmp_path):
+    (tmp_path / "elsewhere").write_text("private")
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "LICENSE.txt").write_text("terms")
+    (folder / "NOTICE").symlink_to(tmp_path / "elsewhere")
+    assert licence_texts("adapter", folder) == {"upstream/adapter/LICENSE.txt": folder / "LICENSE.txt"}
 
 
 def test_upstream_is_followed_through_adapters_of_ones_own(gentle, tmp_path, monkeypatch):
