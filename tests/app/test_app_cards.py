@@ -49,6 +49,11 @@ def test_numbers_of_one_place_take_the_corners_then_the_edges_and_cover_none():
     assert all(top == 30 or left in (20, 53) for left, top in found)
 
 
+def test_where_the_corners_are_taken_numbers_go_along_the_edges():
+    assert numbers(*[(10, 90, 80, 97)] * 4) == [(10, 90), (73, 90), (17, 90), (24, 90)]
+    assert numbers(*[(90, 10, 97, 80)] * 4) == [(90, 10), (90, 73), (90, 17), (90, 24)]
+
+
 def test_a_number_makes_way_for_another_boxs_alone():
     assert numbers((20, 30, 60, 70), (26, 36, 60, 70)) == [(20, 30), (53, 36)]  # they would overlap
     assert numbers((20, 30, 60, 70), (27, 30, 60, 70)) == [(20, 30), (27, 30)]  # side by side

@@ -196,6 +196,7 @@ def test_a_verdict_that_does_not_exist_is_refused_in_words(client):
     ("asked", "said"),
     [
         ({"model": "nobody"}, "Model: expected painter:base, painter:student, or null for any, but got 'nobody'."),
+        ({"model": "x" * 200}, f"but got '{'x' * 58}…."),
         ({"key": "geneval"}, "Key: expected red_squares, or null for any, but got 'geneval'."),
         ({"task": "/home/joe/x"}, "Task: expected counting, colors, or null for any, but got '…/x'."),
         ({"page": 1}, "Page: expected a whole number from 0 to 0, but got 1."),
