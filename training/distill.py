@@ -35,9 +35,12 @@ class Distillation:
         self.schedule = Schedule.of(r.steps, record.shift, r.sampler, r.a, policies.device)
         self.weights = self.schedule.kl_weights(config.kl_weight)
         reached = inclusion(r.trainable, r.window, r.bounds)
-        self.defined = [i < len(reached) and reached[i] > 0 and weight > 0 for i, weight in enumerate(self.weights)]
+        # Plain numbers: what is asked of a tensor on the device at every step makes the host wait for it.
+        weights = self.weights.tolist()
+        self.defined = [i < len(reached) and reached[i] > 0 and weight > 0 for i, weight in enumerate(weights)]
         # A sample's loss is the mean over the steps that can be trained on; of a window, an unbiased estimate of it.
-        self.share = [1 / (sum(self.defined) * reached[i]) if ok else 0.0 for i, ok in enumerate(self.defined)]
+        defined = torch.tensor(sum(self.defined))  # in fp32, as the weights are
+        self.share = [float(1 / (defined * reached[i])) if ok else 0.0 for i, ok in enumerate(self.defined)]
         self.anchor = config.pull
 
     def identity(self) -> dict:
@@ -63,13 +66,17 @@ class Distillation:
 
         def velocity(i: int, x: Tensor) -> Tensor:
             rows = [row for row, steps in enumerate(trained) if i in steps]
+            whole = len(rows) == len(x)  # nothing to pick: to send the rows, the host waits for the device
             v = torch.empty(x.shape, device=x.device)
             if rows:
+                states = x if whole else x[rows]
                 with self.parallel.sync(last and i == final):
-                    ours = self.policies.student(x[rows], self.schedule.sigmas[i], conditions[rows], self.guidance)
-                    loss = self._loss(i, x[rows], ours, conditions[rows], [samples[row] for row in rows], means)
+                    ours = self.policies.student(states, self.schedule.sigmas[i], conditions[rows], self.guidance)
+                    loss = self._loss(i, states, ours, conditions[rows], [samples[row] for row in rows], means)
                     self.parallel.backward(self.share[i] * loss.sum())
                 means.add("loss", *loss)
+                if whole:
+                    return ours.detach().float()
                 v[rows] = ours.detach()
             if others := [row for row in range(len(x)) if row not in rows]:
                 with torch.no_grad():

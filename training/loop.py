@@ -71,8 +71,9 @@ class Means:
     def reduce(self) -> dict[str, float]:
         """Means over all processes, by name."""
         local = {}
+        numbers = _numbers([value for values in self._values.values() for value in values])
         for name, values in self._values.items():
-            known = [number for value in values if not math.isnan(number := float(value))]
+            known = [number for number in islice(numbers, len(values)) if not math.isnan(number)]
             local[name] = (math.fsum(known), len(known))
         parts = gather_object([local])
         names = sorted({name for part in parts for name in part})
@@ -81,6 +82,19 @@ class Means:
             name: math.fsum(s for s, _ in found) / total if (total := sum(n for _, n in found)) else math.nan
             for name, found in sums.items()
         }
+
+
+def _numbers(values: Sequence[Tensor]) -> Iterator[float]:
+    """The values of scalars, in order; the host waits once for each device and dtype, not for each number."""
+    places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, value in enumerate(values):
+        places.setdefault((value.device, value.dtype), []).append(place)
+    found = [0.0] * len(values)
+    for chosen in places.values():
+        numbers = torch.stack([values[place].reshape(()) for place in chosen]).tolist()
+        for place, number in zip(chosen, numbers, strict=True):
+            found[place] = float(number)
+    return iter(found)
 
 
 class Stopped(Exception):
