@@ -19,10 +19,10 @@ from benchmarks import measure
 SECONDS = 540
 _TESTS, _RECIPES = ("pytest", "-m", "gpu", "--no-cov", "-s"), "tests/test_training_sd35.py"
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "tests": (*_TESTS, "tests", "--ignore", _RECIPES),
+    "tests": (*_TESTS, "tests/test_gpu.py"),  # by name: to collect the others takes all that they import
     "tests-recipes": (*_TESTS, _RECIPES),
     "distillation": ("benchmarks.distillation",),
-    "distillation-modes": ("benchmarks.distillation", "--modes"),
+    "distillation-modes": ("benchmarks.distillation", "--modes", "--repetitions", "2"),
     "generation": ("benchmarks.generation",),
     "scoring": ("benchmarks.scoring", "detector"),
     "end-to-end": ("benchmarks.end_to_end",),

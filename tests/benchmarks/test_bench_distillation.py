@@ -100,6 +100,29 @@ def test_the_public_student_starts_and_ends_as_an_adapter(sides, ours, public):
         torch.testing.assert_close(now.factors[name].B @ now.factors[name].A, was.factors[name].B @ was.factors[name].A)
 
 
+def test_every_copy_of_the_backbone_has_the_same_weights(sides):
+    one, other = (sides.copy(torch.float32).state_dict() for _ in range(2))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_loop_asks_nothing_of_the_device_that_the_host_can_know(ours):
+    assert {type(ok) for ok in ours.stage.defined} == {bool}
+    assert {type(share) for share in ours.stage.share} == {float}
+
+
+def test_a_mode_that_fails_does_not_cost_the_others(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setitem(loops.MODES, "blocks compiled", broken)
+    found = distillation.compare_modes(SHORT, CPU, 1, ["blocks compiled", "gradient checkpointing"])
+    assert found["failed"] == {"blocks compiled": "RuntimeError: no compiler"}
+    assert list(found["modes"]) == ["ours", "gradient checkpointing"]
+    assert list(found["times_ours"]) == ["gradient checkpointing"]
+    assert "no compiler" in capsys.readouterr().err
+
+
 def test_modes_are_held_to_the_gradient_of_ours(monkeypatch, capsys):
     found = distillation.compare_modes(
         SHORT, CPU, 1, ["gradient checkpointing", "step window", "sparse anchor", "fp8 backbone, checkpointing"]

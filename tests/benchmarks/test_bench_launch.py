@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ LAUNCH = ROOT / "training" / "launch"
 def test_every_part_is_a_module_that_is_there():
     for part in gpu.PARTS:
         assert importlib.util.find_spec(gpu.command(part)[2]), part
+
+
+def test_every_test_that_needs_a_device_is_in_a_part():
+    marked = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if re.search(r"^(@|pytestmark = )pytest\.mark\.gpu\b", path.read_text(), re.MULTILINE)
+    }
+    assert marked == {word for words in gpu.PARTS.values() for word in words if word.startswith("tests/")}
 
 
 def test_a_part_passes_fails_or_is_stopped(monkeypatch, capfd):
