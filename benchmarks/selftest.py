@@ -3,6 +3,7 @@
 Run it when a judge has changed on purpose, and look at what changed.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ FILE = Path(__file__).parent.parent / "flowopd_eval" / "tiny" / SELF_TEST
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.selftest", description=__doc__).parse_args()
     FILE.parent.mkdir(exist_ok=True)
     FILE.write_text(json.dumps(self_test_values(), indent=2) + "\n")
     print(FILE)

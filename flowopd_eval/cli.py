@@ -124,8 +124,15 @@ def main(
 ) -> None:
     """Draw and score: `flowopd-eval --bench geneval --model flow-opd`. Without --model, the built-in miniature."""
     if context.invoked_subcommand is not None:
-        if bench or model:
-            raise RequestError(f"Put the options of `{context.invoked_subcommand}` after its name.")
+
+        def was_given(name: str) -> bool:
+            source = context.get_parameter_source(name)
+            return source is not None and source.name != "DEFAULT"
+
+        before = [f"--{name.replace('_', '-')}" for name in context.params if was_given(name)]
+        if before:
+            command = context.invoked_subcommand
+            raise RequestError(f"Put the options of `{command}` after its name; before it stand: {', '.join(before)}.")
         return
     if not bench:
         raise RequestError("Nothing to do: name a bench (`--bench geneval`; `flowopd-eval benches` lists them).")

@@ -76,7 +76,7 @@ def _machine() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         free, total = (size / 1e9 for size in torch.cuda.mem_get_info(index))
-        enough = "enough for SD3.5 Medium" if total > 20 else "less than 20 GB: SD3.5 Medium needs offloading"
+        enough = "enough for SD3.5 Medium" if total > 20 else "less than 20 GB: too little for SD3.5 Medium"
         text = f"{torch.cuda.get_device_name(index)}, {free:.0f} of {total:.0f} GB free; {enough}"
         yield Finding("machine", f"cuda:{index}", "ok", text)
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 TINY_RECORD = SamplingRecord(steps=20, guidance=4.5, shift=3.0, width=64, height=64, text_length=0, dtype="float32")
 REAL_MODEL_HELP = (
-    "The real model is Stable Diffusion 3.5 Medium (about 16 GB to download, a CUDA card with 24 GB or less with "
-    "offloading): accept its licence at https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, run "
+    "The real model is Stable Diffusion 3.5 Medium (about 16 GB to download, a CUDA card with 24 GB): "
+    "accept its licence at https://huggingface.co/stabilityai/stable-diffusion-3.5-medium, run "
     "`hf auth login`, then `flowopd-eval --bench geneval --model flow-opd`."
 )
 
@@ -283,7 +283,11 @@ def folder_sha256(folder: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    wanted = sorted(p for p in folder.rglob("*") if p.suffix in (".safetensors", ".json") and "experts" not in p.parts)
+    wanted = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix in (".safetensors", ".json") and "experts" not in path.relative_to(folder).parts
+    )
     digest = hashlib.sha256()
     for path in wanted:
         digest.update(f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n".encode())

@@ -114,6 +114,14 @@ def test_captions_name_protocol_and_engine():
         assert re.search("geneval version 1, protocol official, engine m2f", text(name, of(whole("a"))))
 
 
+def test_a_caption_says_what_the_overall_score_is_the_mean_of():
+    one = whole("a")
+    assert "mean over tasks" in text("md", of(one))
+    protocol = {"name": "flow-grpo", "mean_over": "images"}
+    pictures = {**one, "scorer": {**one["scorer"], "protocol": protocol}}
+    assert "mean over pictures" in text("md", of(pictures))
+
+
 def test_a_run_without_a_judge_says_so():
     assert "engine none" in text("md", of({**whole("a"), "scorer": None}))
 

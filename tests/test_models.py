@@ -65,6 +65,19 @@ def test_the_hash_of_a_folder_follows_content_and_names(tmp_path):
     assert folder_sha256(tmp_path / "a") != one
 
 
+def test_a_folder_below_one_called_experts_is_hashed_all_the_same(tmp_path):
+    hashes = []
+    for content in (b"one", b"two"):
+        folder = tmp_path / "experts" / content.decode() / "transformer"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(content)
+        hashes.append(folder_sha256(folder.parent))
+    assert hashes[0] != hashes[1]
+    (folder.parent / "experts").mkdir()
+    (folder.parent / "experts" / "adapter.safetensors").write_bytes(b"an expert is no part of the backbone")
+    assert folder_sha256(folder.parent) == hashes[1]
+
+
 def flowopd_eval(endpoint: str, home: Path, *words: str) -> subprocess.CompletedProcess:
     environment = hub_environment(endpoint, home)
     command = [sys.executable, "-m", "flowopd_eval", *words]
