@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import ceil
 from typing import Any
@@ -16,7 +16,7 @@ from app.told import in_words, saved_file
 from app.wanted import shown
 from flowopd_eval.compare import number, signed
 from flowopd_eval.errors import RequestError
-from flowopd_eval.report import Entry, Run
+from flowopd_eval.report import Run, by_judge
 from flowopd_eval.store import BenchFolder
 
 PAGE = 24  # pictures
@@ -257,14 +257,12 @@ def _gone() -> Any:
 def tables(run: Run) -> str:
     """Each metric's table and chart, a column a model; what is partial or unavailable is said."""
     parts = [f'<p class="note">{cards.escape(run.note)}</p>'] if run.note else []
-    for key in dict.fromkeys(entry.summary["key"] for entry in run.entries):
-        parts.append(_one_metric(key, [entry for entry in run.entries if entry.summary["key"] == key]))
+    parts += [_one_metric(*group) for group in by_judge([entry.summary for entry in run.entries]).items()]
     parts += [cards.notice(f"{key} is unavailable: {shown(why)}") for key, why in run.unavailable.items()]
     return "".join(parts)
 
 
-def _one_metric(key: str, entries: Sequence[Entry]) -> str:
-    summaries = [entry.summary for entry in entries]
+def _one_metric(label: str, summaries: Sequence[Mapping[str, Any]]) -> str:
     models = [summary["model"] for summary in summaries]
     tasks = dict.fromkeys(task for summary in summaries for task in summary["metrics"]["tasks"])
     rows = [("overall", [summary["metrics"]["overall"] for summary in summaries])]
@@ -284,6 +282,6 @@ def _one_metric(key: str, entries: Sequence[Entry]) -> str:
     note = cards.notice("Partial. " + "; ".join(incomplete)) if incomplete else ""
     caption = "Value with its 95 % interval; overall is the mean over tasks, or what the protocol says."
     return (
-        f'<section class="metric"><h3>{cards.escape(key)}</h3>{note}<div class="halves">'
+        f'<section class="metric"><h3>{cards.escape(label)}</h3>{note}<div class="halves">'
         f"{cards.table(['', *models], text, caption)}{plot}</div></section>"
     )

@@ -19,7 +19,7 @@ from typing import Any
 from flowopd_eval import store
 from flowopd_eval.benches import Bench, bench_by_key
 from flowopd_eval.errors import RequestError
-from flowopd_eval.harness import mean_over
+from flowopd_eval.harness import mean_over, protocol_and_engine
 from flowopd_eval.models import FAMILIES
 from flowopd_eval.quiet import printable
 
@@ -57,17 +57,6 @@ def write_exports(out: Path, results: Results, formats: Sequence[str]) -> list[P
     for path, (_, text) in zip(paths, texts, strict=True):
         store.write_atomic(path, text.encode(errors="replace"))  # half a surrogate pair
     return paths
-
-
-def protocol_and_engine(summary: Summary) -> tuple[str, str]:
-    """By which rule the pictures were judged and what read them, as far as the scorer's identity tells."""
-    scorer = summary["scorer"] if isinstance(summary["scorer"], Mapping) else {"rule": "none", "engine": "none"}
-
-    def named(*fields: str) -> str:
-        found = next((scorer[name] for name in fields if scorer.get(name)), "own")
-        return str(found.get("name", "own") if isinstance(found, Mapping) else found)
-
-    return named("protocol", "rule"), named("detector", "engine", "name", "scorer")
 
 
 def comparable(results: Results) -> list[list[Summary]]:

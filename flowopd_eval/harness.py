@@ -104,6 +104,17 @@ def mean_over(request: Mapping[str, Any]) -> str:
     return protocol.get("mean_over", "tasks") if isinstance(protocol, Mapping) else "tasks"
 
 
+def protocol_and_engine(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """By which rule the pictures were judged and what read them, as far as the scorer's identity tells."""
+    scorer = summary["scorer"] if isinstance(summary["scorer"], Mapping) else {"rule": "none", "engine": "none"}
+
+    def named(*fields: str) -> str:
+        found = next((scorer[name] for name in fields if scorer.get(name)), "own")
+        return str(found.get("name", "own") if isinstance(found, Mapping) else found)
+
+    return named("protocol", "rule"), named("detector", "engine", "name", "scorer")
+
+
 # -------------------------------------------------------------------------------------------------- request and plan
 
 

@@ -407,7 +407,7 @@ def _lacking(column: Column, cell: Cell, by_key: Mapping[Any, Mapping[str, Any]]
 
 
 def terminal_report(result: PaperResult) -> Group:
-    """Ours over the paper's, a column a metric; below, what each number says of the other. Fits 100 columns."""
+    """Ours with its interval over the paper's, a column a metric; below, what one says of the other. 100 columns."""
     from rich.console import Group
     from rich.table import Table
 
@@ -418,15 +418,16 @@ def terminal_report(result: PaperResult) -> Group:
     table.add_column("Average", justify="right")
     for one in result.models:
         cells = (*one.cells, one.average)
-        table.add_row(_plain(one.model), *(_plain(_ours(cell)) for cell in cells), style="bold")
+        table.add_row(_plain(one.model), *(_plain(_number(cell, cell.value)) for cell in cells), style="bold")
+        table.add_row("  95 % interval", *(_plain(_interval(cell)) for cell in cells), style="dim")
         if one.row:
             printed = (f"{cell.paper:.{cell.digits}f}" for cell in cells if cell.paper is not None)
             table.add_row(_plain(f"  {one.row}"), *map(_plain, printed))
         table.add_row("  verdict", *(_plain(_short(cell)) for cell in cells), style="dim")
         table.add_section()
     legend = _plain(
-        f"{result.source}. Ours ± half of the 95 % interval; the paper's number as printed; verdict: where it lies "
-        "relative to that interval."
+        f"{result.source}. Ours, its 95 % interval, the paper's number as printed; verdict: where that lies relative "
+        "to the interval."
     )
     legend.stylize("dim italic")
     return Group(table, legend, *_explanations(result))
@@ -448,11 +449,12 @@ def _explanations(result: PaperResult) -> list[Text]:
     ]
 
 
-def _ours(cell: Cell) -> str:
-    if cell.value is None or cell.low is None or cell.high is None:
-        return "–"
-    digits = 2 if cell.key in ("deqa", "preference") else 3
-    return f"{cell.value:.{digits}f} ± {(cell.high - cell.low) / 2:.{digits}f}"
+def _number(cell: Cell, value: float | None) -> str:
+    return "–" if value is None else f"{value:.{2 if cell.key in ('deqa', 'preference') else 3}f}"
+
+
+def _interval(cell: Cell) -> str:
+    return "" if cell.value is None else f"[{_number(cell, cell.low)}, {_number(cell, cell.high)}]"
 
 
 def _short(cell: Cell) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from flowopd_eval import store
-from flowopd_eval.harness import Metrics, collect, finish, standard_metrics, summarise
+from flowopd_eval.harness import Metrics, collect, finish, protocol_and_engine, standard_metrics, summarise
 from flowopd_eval.quiet import printable
 from flowopd_eval.records import Sample
 from flowopd_eval.store import BenchFolder
@@ -94,31 +95,30 @@ def summarise_run(out: Path, metrics: Mapping[str, Metrics] | None = None) -> di
 
 
 def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None = None) -> Group:
-    """Tasks by models, each ``mean ± half of the 95 % interval``. Three models fit into 80 columns.
+    """Tasks by models, each ``mean [low, high]`` of the 95 % interval. Three models fit into 80 columns.
 
-    ``unavailable`` says, by metric key, why a bench that was asked for could not be judged.
+    Numbers stand in one row only where one judge gave them (:func:`by_judge`). ``unavailable`` says, by metric key, why
+    a bench that was asked for could not be judged.
     """
     from rich.console import Group
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("")
     for model in summaries:
         table.add_column(_text(model), justify="right", overflow="fold")
-    for bench in _in_order(name for benches in summaries.values() for name in benches):
-        columns = [benches.get(bench) for benches in summaries.values()]
-        shown = [summary for summary in columns if summary]
+    for label, shown in by_judge([summary for benches in summaries.values() for summary in benches.values()]).items():
+        of_model = {summary["model"]: summary for summary in shown}
+        columns = [of_model.get(model) for model in summaries]
         table.add_row(
-            _text(shown[0]["key"]),
-            *(_text(_plus_minus(s and s["metrics"]["overall"], s)) for s in columns),
-            style="bold",
+            _text(label), *(_text(_interval(s and s["metrics"]["overall"], s)) for s in columns), style="bold"
         )
         for task in _in_order(task for summary in shown for task in summary["metrics"]["tasks"]):
-            cells = [_plus_minus(s and s["metrics"]["tasks"].get(task)) for s in columns]
-            table.add_row(_text(f"  {task}"), *map(_text, cells))
-        table.add_row("  pictures", *(_text(f"{s['n']:,}" if s else "–") for s in columns), style="dim")
+            cells = [_interval(s and s["metrics"]["tasks"].get(task)) for s in columns]
+            table.add_row(_text(f" {task}"), *map(_text, cells))
+        table.add_row(" pictures", *(_text(f"{s['n']:,}" if s else "–") for s in columns), style="dim")
         if any(summary["unscored"] for summary in shown):
-            table.add_row("  unscored", *(_text(f"{s['unscored']:,}" if s else "–") for s in columns), style="yellow")
+            table.add_row(" unscored", *(_text(f"{s['unscored']:,}" if s else "–") for s in columns), style="yellow")
         table.add_section()
     for key in unavailable or ():
         table.add_row(_text(key), *("unavailable" for _ in summaries), style="yellow")
@@ -128,7 +128,7 @@ def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None =
         for summary in benches.values()
         if summary["partial"]
     ]
-    legend = "bold: overall (mean over tasks, or what the protocol says); all: ± half of the 95 % interval"
+    legend = "bold: overall (mean over tasks, or the protocol's own); value [95 % interval]"
     explained = _text("\n".join([legend, *partial]))
     explained.stylize("dim italic")
     elsewhere = [
@@ -148,11 +148,35 @@ def _text(text: str) -> Text:
     return Text(printable(text, keep="\n"))
 
 
-def _plus_minus(interval: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:
+def _interval(interval: Mapping[str, Any] | None, summary: Mapping[str, Any] | None = None) -> str:
     mark = "*" if summary and summary["partial"] else ""
     if not interval or interval["value"] is None:
         return f"–{mark}"
-    return f"{interval['value']:.3f} ± {(interval['high'] - interval['low']) / 2:.3f}{mark}"
+    digits = 2 if abs(interval["value"]) >= 10 else 3  # as preference scores, about 20
+    value, low, high = (f"{interval[end]:.{digits}f}" for end in ("value", "low", "high"))
+    return f"{value}{mark} [{low}, {high}]"
+
+
+def by_judge(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The summaries whose numbers can stand side by side: one metric, one version of the bench, one and the same judge.
+
+    They go by the metric's key; where one key has several judges, by what tells those apart as well, in words.
+    """
+    judges: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for summary in summaries:
+        judge = json.dumps([summary["version"], summary["scorer"]], sort_keys=True)
+        judges.setdefault(summary["key"], {}).setdefault(judge, []).append(summary)
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for key, of_key in judges.items():
+        for number, shown in enumerate(of_key.values(), 1):
+            label = key if len(of_key) == 1 else f"{key} ({_judge(shown[0])})"
+            groups[label if label not in groups else f"{label}, judge {number}"] = shown
+    return groups
+
+
+def _judge(summary: Mapping[str, Any]) -> str:
+    protocol, engine = protocol_and_engine(summary)
+    return f"protocol {protocol}, engine {engine}, version {summary['version']}"
 
 
 def _in_order(names: Iterator[str]) -> list[str]:
@@ -172,7 +196,7 @@ def write_report(out: Path, metrics: Mapping[str, Metrics] | None = None) -> Pat
         {"number": lambda value: "–" if value is None else f"{value:.3f}"},
         note=run.note,
         models=_in_order(entry.summary["model"] for entry in run.entries),
-        benches=[_bench(entries) for entries in _by_bench(run.entries)],
+        benches=[_bench(*group) for group in by_judge([entry.summary for entry in run.entries]).items()],
         entries=run.entries,
         partial=[entry.summary for entry in run.entries if entry.summary["partial"]],
         unavailable=run.unavailable,
@@ -205,14 +229,8 @@ def _sha256_source(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _by_bench(entries: Sequence[Entry]) -> list[list[Entry]]:
-    keys = _in_order(entry.summary["key"] for entry in entries)
-    return [[entry for entry in entries if entry.summary["key"] == key] for key in keys]
-
-
-def _bench(entries: Sequence[Entry]) -> dict[str, Any]:
+def _bench(label: str, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One bench's table and chart: a row a task, in it a cell a model."""
-    summaries = [entry.summary for entry in entries]
     rows = [("overall", [s["metrics"]["overall"] for s in summaries])]
     for task in _in_order(task for s in summaries for task in s["metrics"]["tasks"]):
         rows.append((task, [s["metrics"]["tasks"].get(task) for s in summaries]))
@@ -223,9 +241,9 @@ def _bench(entries: Sequence[Entry]) -> dict[str, Any]:
     shares = summaries[0]["correct_at"] is not None
     axis = _axis([cell for _, cells in rows for cell in cells if cell], shares)
     return {
-        "key": summaries[0]["key"],
+        "key": label,
         "bench": summaries[0]["bench"],
-        "version": summaries[0]["version"],
+        "judge": _judge(summaries[0]),
         "shares": shares,
         "summaries": summaries,
         "rows": rows,

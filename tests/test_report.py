@@ -17,7 +17,7 @@ from flowopd_eval import store
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import run_bench
 from flowopd_eval.records import Prompt, Sample, Score
-from flowopd_eval.report import boxes, load_run, summarise_run, terminal_table, verdict, write_report
+from flowopd_eval.report import boxes, by_judge, load_run, summarise_run, terminal_table, verdict, write_report
 from flowopd_eval.store import Shard
 
 HOSTILE = (
@@ -157,22 +157,51 @@ def render(summaries, width=80) -> str:
 def test_three_models_fit_into_eighty_columns(out):
     one = summarise_run(out)["tiny:base"]
     models = ("flow-opd:student", "flow-opd:geneval", "flow-opd:pickscore")
-    text = render(dict.fromkeys(models, one))
+    text = render({model: {bench: {**of, "model": model} for bench, of in one.items()} for model in models})
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for summary in one.values():
         for task in ("overall", *summary["metrics"]["tasks"]):
             cell = summary["metrics"]["overall"] if task == "overall" else summary["metrics"]["tasks"][task]
-            shown = f"{cell['value']:.3f} ± {(cell['high'] - cell['low']) / 2:.3f}"
+            digits = 2 if summary["key"] == "beauty" else 3
+            value, low, high = (f"{cell[end]:.{digits}f}" for end in ("value", "low", "high"))
+            shown = f"{value} [{low}, {high}]"
             name = summary["key"] if task == "overall" else task
             assert any(line.split()[0] == name and line.count(shown) == 3 for line in text.splitlines() if line.strip())
 
 
 def test_the_table_marks_partial_and_missing_results(out):
     text = render(summarise_run(out))
-    assert re.search(r"red_squares .* ± \d\.\d{3} +\d\.\d{3} ± \d\.\d{3}\*", text)
+    assert re.search(r"red_squares .*\] +\d\.\d{3}\* \[\d\.\d{3}, \d\.\d{3}\]", text)
     assert "* tiny:student, red_squares: --limit 10" in text
-    assert re.search(r"beauty +2\d\.\d{3} ± \d\.\d{3} +–", text)
+    assert re.search(r"beauty +2\d\.\d\d \[2\d\.\d\d, 2\d\.\d\d\] +–", text)
+
+
+def test_numbers_of_different_judges_do_not_share_a_row_or_a_table(tmp_path):
+    """A picture may be judged by another rule later, and a second model by another one than the first."""
+    prompts = tuple(PROMPTS[:4])
+    for model, judge in (("a", Judge()), ("b", Judge(version=2)), ("c", Judge())):
+        run_bench(replace(RUN, prompts=prompts, scorer=judge), Named(model), tmp_path)
+    summaries = summarise_run(tmp_path)
+    groups = by_judge([benches["squares"] for benches in summaries.values()])
+    assert [[s["model"] for s in shown] for shown in groups.values()] == [["a", "c"], ["b"]]
+    rows = [line for line in render(summaries, width=120).splitlines() if line.startswith("red_squares")]
+    assert len(rows) == len(set(rows)) == 2
+    assert [row.count("[") for row in rows] == [2, 1]
+    text = " ".join(page(tmp_path).text)
+    assert all(label in text for label in groups)
+
+
+def test_an_interval_at_the_end_of_the_scale_is_shown_as_it_is(tmp_path):
+    class Never(Judge):
+        def one(self, pixels, prompt):
+            return Score(0.0)
+
+    run_bench(replace(RUN, prompts=tuple(PROMPTS[:1]), scorer=Never()), Painter(), tmp_path)
+    summaries = summarise_run(tmp_path)
+    high = next(iter(summaries.values()))["squares"]["metrics"]["overall"]["high"]
+    assert 0 < high < 1
+    assert f"0.000 [0.000, {high:.3f}]" in render(summaries)
 
 
 def test_the_terminal_gets_no_control_characters(tmp_path):

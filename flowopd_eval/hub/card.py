@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.benches import bench_by_key
-from flowopd_eval.export import escape_markdown, model_index, protocol_and_engine
+from flowopd_eval.export import escape_markdown, model_index
+from flowopd_eval.harness import protocol_and_engine
 from flowopd_eval.hub.licences import LICENCES, OPEN_PROMPTS, POWERED_BY, Licence, card_licence
 from flowopd_eval.hub.results import Claim, Results
 
