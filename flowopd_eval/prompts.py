@@ -107,8 +107,14 @@ def _json_line(line: str, place: str) -> Prompt:
     """The prompt of one JSON line; its id is empty where the line gives none."""
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except json.JSONDecodeError as error:
         raise RequestError(f"{place} is not JSON: {error.msg} at column {error.colno}.") from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise RequestError(f"{place} holds {half}, half of a character: write both halves, or itself.") from error
+    except ValueError as error:
+        raise RequestError(f"{place} holds a number that is not finite (NaN or Infinity).") from error
     if not isinstance(record, dict):
         raise RequestError(f"{place}: expected a JSON object, but got {line[:60]}.")
     task = "tag" if "tag" in record and "task" not in record else "task"

@@ -34,6 +34,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.quiet import printable
 from flowopd_eval.records import Prompt, Sample
 
 SCHEMA = 1
@@ -413,10 +414,14 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
     """``seed: 1 there, 2 asked for`` for every field in which two requests differ, nested fields dotted."""
     old, new = dict(flat(there)), dict(flat(asked))
     return [
-        f"{field}: {json.dumps(old.get(field))} there, {json.dumps(new.get(field))} asked for"
+        f"{field}: {_readable(old.get(field))} there, {_readable(new.get(field))} asked for"
         for field in {**old, **new}
         if old.get(field) != new.get(field)
     ]
+
+
+def _readable(value: Any) -> str:
+    return printable(json.dumps(value, ensure_ascii=False))
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

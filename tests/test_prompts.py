@@ -156,3 +156,18 @@ def test_signs_are_distinct_and_each_word_comes_once() -> None:
     assert {p.task for p in prompts} == {"ocr"}
     assert sorted(p.prompt.split('"')[1] for p in prompts) == sorted(WORDS + NEW_WORDS)
     assert not set(WORDS) & set(NEW_WORDS)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a \\ud83d cat", "task": "t"}', r"\\ud83d, half of a character"),
+        ('{"prompt": "a cat", "task": "t", "weight": NaN}', "not finite"),
+        ('{"prompt": "a cat", "task": "t", "weight": 1e999}', "not finite"),
+    ],
+)
+def test_a_line_that_no_run_could_write_down_again_is_refused_at_its_place(tmp_path, line, said):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a dog", "task": "t"}\n' + line + "\n")
+    with pytest.raises(RequestError, match=rf"prompts\.jsonl:2.*{said}"):
+        read_prompts(path)
