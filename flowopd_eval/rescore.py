@@ -62,11 +62,17 @@ def rescore(
         todo = [sample for sample in samples if everything or sample.score is None]
         known = judge_aside(folder, scorer, samples, todo, batch_size, progress)
         lines = [store.json_line(known.get((s.id, s.k), s).to_json()) for s in samples]
+        if folder.request()["scorer"] != identity:
+            _name_judge(folder, None)  # a kill between the files must not leave scores under another judge's name
         store.write_atomic(folder.samples, b"".join(lines))
-        with store.changing_run(folder.out) as run:
-            run["runs"][folder.entry]["request"]["scorer"] = identity
+        _name_judge(folder, identity)
         journal_aside(folder, identity).unlink()
     return finish(folder, metrics)
+
+
+def _name_judge(folder: BenchFolder, identity: dict[str, Any] | None) -> None:
+    with store.changing_run(folder.out) as run:
+        run["runs"][folder.entry]["request"]["scorer"] = identity
 
 
 def judge_aside(

@@ -155,3 +155,31 @@ def test_one_short_try_says_whether_the_hub_answers(monkeypatch, nothing_to_fetc
         assert download.hub_answers()  # whatever it says
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
         assert not download.hub_answers()
+
+
+def test_a_kill_between_new_scores_and_the_judges_name_leaves_no_score_under_another_name(tmp_path, monkeypatch):
+    """The two stand in two files: whichever the kill falls between, nobody reads scores of one judge as another's."""
+    from painting import RUN, Judge, Painter
+
+    from flowopd_eval import rescore as rescoring
+    from flowopd_eval import store
+    from flowopd_eval.harness import run_bench
+    from flowopd_eval.rescore import rescore
+
+    run_bench(RUN, Painter(), tmp_path)
+    (folder,) = store.bench_folders(tmp_path)
+    old, new = folder.request()["scorer"], Judge(version=2)
+    write = store.write_atomic
+
+    def killed(path, data):
+        write(path, data)
+        if path == folder.samples:
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rescoring.store, "write_atomic", killed)
+        with pytest.raises(SystemExit):
+            rescore(folder, new)
+    assert folder.request()["scorer"] is None
+    summary = rescore(folder, new)
+    assert summary["scorer"] == json.loads(json.dumps(dict(new.identity()))) != old
