@@ -128,6 +128,7 @@ class Column:
     protocol: str
     judged: Reasons = lambda identity: []
     never: tuple[str, ...] = ()
+    samples: int | None = None  # pictures a prompt, where the protocol says how many
 
 
 _OTHER_PROMPTS = (
@@ -145,6 +146,7 @@ COLUMNS = (
         "yifan123/reward-server: the official 553 prompts by four, pictures through JPEG, red and blue exchanged for "
         "the detector, mean over pictures",
         _geneval_judge,
+        samples=4,
     ),
     Column(
         "OCR",
@@ -153,6 +155,7 @@ COLUMNS = (
         1,
         f"Flow-GRPO's 1,018 prompts and rule, PaddleOCR {OCR_VERSION}, lang {OCR_LANGUAGE}",
         _ocr_judge,
+        samples=1,
     ),
     Column(
         "DeQA",
@@ -194,6 +197,8 @@ def _why_not(column: Column, summary: Mapping[str, Any]) -> list[str]:
         reasons.append("its sampling record is unknown")
     elif other := _differences(sampling, asdict(SD35_RECORD)):
         reasons.append(f"drawn with {other}")
+    if column.samples and summary.get("samples") != column.samples:
+        reasons.append(f"pictures of each prompt: {_shown(summary.get('samples'))} instead of {column.samples}")
     if summary.get("partial"):
         reasons.append(f"a partial run ({str(summary['partial'])[:200]})")
     if summary.get("unscored"):

@@ -53,6 +53,7 @@ def summary(key, model="flow-opd:base"):
         "model": model,
         "metrics": {"overall": overall, "tasks": {}, "images": overall},
         "n": n,
+        "samples": {"geneval": 4}.get(key, 1),
         "unscored": 0,
         "partial": None,
         "generator": {"model": model, "sampling": asdict(SD35_RECORD)},
@@ -97,6 +98,14 @@ def test_the_short_name_is_the_student(same_prompts):
     short, long = (cells(run(model=name)) for name in ("flow-opd", "flow-opd:student"))
     assert short == long
     assert short["GenEval"].paper == 0.93
+
+
+def test_another_number_of_pictures_a_prompt_is_another_measurement():
+    """The paper's GenEval is of four pictures a prompt, its OCR of one: more or fewer have another interval."""
+    found = cells(run("geneval", "ocr", samples=2))
+    assert found["GenEval"].reasons == ("pictures of each prompt: 2 instead of 4",)
+    assert found["OCR"].reasons == ("pictures of each prompt: 2 instead of 1",)
+    assert found["GenEval"].verdict is found["OCR"].verdict is None
 
 
 # --- verdicts --------------------------------------------------------------------------------------------------------
