@@ -20,7 +20,7 @@ BENCHES = ("geneval", "ocr", "shapes_geneval")
 OCR_SIDE = 160  # pixels; the one value with which flowopd-eval reads
 _MISSING = (
     "Scoring needs the package flowopd-eval in ComfyUI's own Python ({error}). Install it there: "
-    "`python -m pip install 'flowopd-eval[ocr]'`. The other Flow-OPD nodes work without it."
+    "`python -m pip install 'flowopd-eval[ocr] @ file:///PATH/TO/CHECKOUT'`. The other Flow-OPD nodes work without it."
 )
 
 

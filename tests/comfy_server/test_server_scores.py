@@ -135,7 +135,7 @@ def test_without_the_package_the_node_says_what_is_missing_and_the_others_work(s
         drawing.show(score, 2)
     ran = server.run(drawing.graph)
     assert "Scoring needs the package flowopd-eval in ComfyUI's own Python" in ran.error
-    assert "python -m pip install 'flowopd-eval[ocr]'" in ran.error
+    assert "python -m pip install 'flowopd-eval[ocr] @ file:///PATH/TO/CHECKOUT'" in ran.error
     if node == "FlowOPDKeepBest":
         assert server.about()["calls"][f"missing {bench}"] == 0, "nothing is drawn that cannot be judged"
     works = Drawing()
