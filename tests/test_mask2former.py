@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -152,11 +153,29 @@ def test_another_checkpoint_is_refused(checkpoint, change) -> None:
 
 def test_a_checkpoint_at_hand_is_converted_once(checkpoint, tmp_path) -> None:
     torch.save({"meta": {"epoch": 50}, "state_dict": checkpoint}, tmp_path / CHECKPOINT)
-    path = official_weights(tmp_path)
+    sha256 = hashlib.sha256((tmp_path / CHECKPOINT).read_bytes()).hexdigest()
+    path = official_weights(tmp_path, sha256=sha256[:8])
     assert path.suffix == ".safetensors"
     assert load_file(path).keys() == convert(checkpoint).keys()
     (tmp_path / CHECKPOINT).unlink()
     assert official_weights(tmp_path) == path
+
+
+def test_a_file_at_hand_that_is_cut_short_or_another_is_refused_with_the_remedy(checkpoint, tmp_path) -> None:
+    torch.save({"state_dict": checkpoint}, tmp_path / CHECKPOINT)
+    with pytest.raises(RequestError, match=rf"{CHECKPOINT} is not GenEval's detector.*not 743b7d99.*Delete it"):
+        official_weights(tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RequestError, match="not all of it"):
+        official_weights(tmp_path, sha256=hashlib.sha256(whole).hexdigest())
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_converted_weights_that_are_cut_short_are_refused_with_the_remedy(tmp_path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"\x10")
+    with pytest.raises(RequestError, match=r"weights\.safetensors cannot be read.*delete it"):
+        Mask2FormerDetector(tmp_path / "weights.safetensors", Red()).network  # noqa: B018  (loads)
 
 
 def test_a_download_with_another_hash_is_refused(tmp_path) -> None:
@@ -253,7 +272,8 @@ class Red:
 @pytest.mark.slow
 def test_detector_finds_the_same_in_a_batch_and_alone(checkpoint, tmp_path) -> None:
     torch.save({"state_dict": checkpoint}, tmp_path / CHECKPOINT)
-    detector = Mask2FormerDetector(official_weights(tmp_path), Red(), batch=2)
+    sha256 = hashlib.sha256((tmp_path / CHECKPOINT).read_bytes()).hexdigest()
+    detector = Mask2FormerDetector(official_weights(tmp_path, sha256=sha256), Red(), batch=2)
     detector.network.class_predictor.bias.data[:80] += torch.linspace(0, 9, 80)  # sure of something
     rng = np.random.default_rng(0)
     images = [

@@ -239,12 +239,14 @@ def _reordered(value: torch.Tensor) -> torch.Tensor:
     return by_pixel[..., [0, 2, 1, 3], :].flatten(-2).contiguous()
 
 
-def official_weights(folder: Path | None = None, url: str = CHECKPOINT_URL) -> Path:
-    """The official weights as safetensors: downloaded, checked and converted once.
+def official_weights(folder: Path | None = None, url: str = CHECKPOINT_URL, sha256: str = CHECKPOINT_SHA256) -> Path:
+    """The official weights as safetensors: downloaded (or put there by hand), checked and converted once.
 
     Raises:
-        RequestError: the download fails or its sha256 is not the one in the file's name.
+        RequestError: the download fails, or the file's sha256 does not begin with ``sha256``, as its name says.
     """
+    import hashlib
+
     import torch
     from safetensors.torch import save_file
 
@@ -256,11 +258,18 @@ def official_weights(folder: Path | None = None, url: str = CHECKPOINT_URL) -> P
     source = folder / CHECKPOINT
     if not source.is_file():
         try:
-            torch.hub.download_url_to_file(url, str(source), hash_prefix=CHECKPOINT_SHA256)
+            torch.hub.download_url_to_file(url, str(source), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise RequestError(
                 f"Cannot fetch GenEval's detector from {url}: {error}. With the file at hand, put it at {source}."
             ) from error
+    with source.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(sha256):
+        raise RequestError(
+            f"{source} is not GenEval's detector, or not all of it: its sha256 begins with {found[:8]}, not {sha256}. "
+            f"Delete it (it is fetched again from {url}), or put the whole file there."
+        )
     state = torch.load(source, map_location="cpu", weights_only=True)["state_dict"]
     part = converted.with_suffix(f".{os.getpid()}.part")
     save_file({name: tensor.contiguous() for name, tensor in convert(state).items()}, part)
@@ -372,10 +381,15 @@ class Mask2FormerDetector:
     @cached_property
     def network(self) -> Mask2FormerForUniversalSegmentation:
         """The network with its weights."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         network = build_network()
-        result = network.load_state_dict(load_file(self.weights), strict=False)
+        try:
+            state = load_file(self.weights)
+        except (OSError, SafetensorError) as error:
+            raise RequestError(f"{self.weights} cannot be read ({error}): delete it, it is made again.") from error
+        result = network.load_state_dict(state, strict=False)
         misfits = [name for name in result.missing_keys if not _UNUSED.search(name)] + result.unexpected_keys
         if misfits:
             raise RequestError(f"{self.weights} does not fit the detector: {', '.join(misfits[:4])} …; delete it.")
