@@ -53,9 +53,11 @@ def draw(settings: Settings, *, score: bool) -> None:
     """
     from flowopd_eval import harness, store
     from flowopd_eval.benches import PAPER, find_bench, flags_for
-    from flowopd_eval.models import resolve
+    from flowopd_eval.models import DTYPES, resolve
     from flowopd_eval.others import open_models
 
+    if settings.dtype not in (None, *DTYPES):
+        raise RequestError(f"--dtype {settings.dtype!r} is none of {', '.join(DTYPES)}.")
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
     work = [(s, find_bench(flag, s.objects)) for s in specs for flag in flags_for(settings.benches, s.objects)]
     device = device_of(settings.device)

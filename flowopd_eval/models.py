@@ -128,7 +128,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 ANYTHING = "anything"  # what a model draws of which nothing is known
 
 
@@ -227,8 +227,8 @@ def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:
 
     try:
         record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
-        if record.dtype not in _DTYPES:
-            raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(_DTYPES)}")
+        if record.dtype not in DTYPES:
+            raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(DTYPES)}")
         if low := [name for name in ("steps", "width", "height") if getattr(record, name) < 1]:
             raise ValueError(f"{low[0]} is {getattr(record, low[0])}, and not 1 or more")
         if not (isfinite(record.guidance) and isfinite(record.shift)):
@@ -298,6 +298,17 @@ class Backbone:
     """One backbone in memory with every adapter that a command needs; makes one generator a model."""
 
     def __init__(self, base: str, specs: Sequence[ModelSpec], device: str, dtype: str | None) -> None:
+        """Raises a RequestError for records that it cannot keep to: another sampler, or two dtypes at once."""
+        for spec in specs:
+            if spec.record.sampler != "euler":
+                raise RequestError(
+                    f"{spec.name} is to be drawn by the sampler {spec.record.sampler!r}, as its {SETTINGS_FILE} says; "
+                    "pictures are drawn here by euler, the ODE's: change the record to evaluate it by that."
+                )
+        dtypes = {spec.record.dtype: spec.name for spec in reversed(specs)}
+        if dtype is None and len(dtypes) > 1:
+            said = ", ".join(f"{name} in {dtype}" for dtype, name in dtypes.items())
+            raise RequestError(f"One backbone has one dtype, but {said}: give --dtype, or one model a run.")
         self.folder = fetch_base(base)
         self.specs = list(specs)
         self.device = device

@@ -109,6 +109,7 @@ def test_shards_join_to_the_same_bytes(small_run, command, tmp_path):
         (["--bench", "geneval", "--protocol", "mine"], "no protocol 'mine'"),
         (["--bench", "geneval", "--prompts", "missing.jsonl"], "missing.jsonl"),
         (["--bench", "quality", "--model", "flow-opd"], "'quality' is not there"),
+        (["--bench", "geneval", "--dtype", "float64x"], "--dtype .float64x.*bfloat16"),
         (["--bench", "geneval", "--steps", "0"], "--steps"),
         (["--seed", "7", "--limit", "2", "generate", "--bench", "ocr"], "options of `generate` after.*--seed, --limit"),
         (["score", "nowhere"], "nowhere is not a folder"),

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from random_adapters import random_adapter
 
 from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.models import FAMILIES, MERGE, fetch_base, folder_sha256, load_adapter, resolve
+from flowopd_eval.models import FAMILIES, MERGE, Backbone, fetch_base, folder_sha256, load_adapter, resolve
 from flowopd_eval.records import SD35_RECORD, SamplingRecord
 
 
@@ -109,3 +109,15 @@ def test_a_model_from_the_hub_draws_and_a_gated_one_names_the_steps(tmp_path):
     assert "hf auth login" in gated.stderr
     assert "no repository 'team/none'" in nowhere.stderr
     assert not (tmp_path / "b").exists()
+
+
+def test_a_record_that_the_backbone_cannot_keep_to_is_refused():
+    """run.json would say what was not done."""
+    spec = resolve("tiny:base")
+    noisy = replace(spec, record=replace(spec.record, sampler="sde", a=0.7))
+    with pytest.raises(RequestError, match=r"tiny:base.*'sde'.*euler"):
+        Backbone(spec.base, [noisy], "cpu", None)
+    half = replace(spec, name="half", record=replace(spec.record, dtype="bfloat16"))
+    with pytest.raises(RequestError, match=r"tiny:base in float32.*--dtype"):
+        Backbone(spec.base, [spec, half], "cpu", None)
+    assert Backbone(spec.base, [spec, half], "cpu", "float32").dtype == "float32"
