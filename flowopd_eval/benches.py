@@ -123,10 +123,20 @@ def _quotes(prompt: Prompt) -> None:
     target_text(prompt.prompt)
 
 
-def _has_clauses(prompt: Prompt) -> None:
-    from flowopd_eval.scorers.geneval import check_record
+def _of_coco(prompt: Prompt) -> None:
+    from flowopd_eval.prompts import COCO_CLASSES, GENEVAL_COLOURS
+    from flowopd_eval.scorers.geneval import check_record, check_words
 
     check_record(prompt)
+    check_words(prompt, COCO_CLASSES, GENEVAL_COLOURS)
+
+
+def _of_shapes(prompt: Prompt) -> None:
+    from flowopd_eval.scorers.geneval import check_record, check_words
+    from flowopd_eval.tiny.scenes import COLOURS, SHAPES
+
+    check_record(prompt)
+    check_words(prompt, list(SHAPES), list(COLOURS))
 
 
 def _ocr_scorer(protocol: str, judge: Judge = USUAL) -> Scorer:
@@ -325,7 +335,7 @@ BENCHES: tuple[Bench, ...] = (
         samples=4,
         protocols=GENEVAL_PROTOCOLS,
         steps=GENEVAL_STEPS,
-        check=_has_clauses,
+        check=_of_coco,
     ),
     Bench(
         "geneval",
@@ -338,7 +348,7 @@ BENCHES: tuple[Bench, ...] = (
         _shapes_scorer,
         protocols=GENEVAL_PROTOCOLS,
         steps=GENEVAL_STEPS,
-        check=_has_clauses,
+        check=_of_shapes,
     ),
     Bench(
         "ocr",

@@ -134,8 +134,9 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         refuse_unscreened(settings.prompts)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
     chosen, partial = _choose(prompts, settings.tasks, settings.limit)
-    for prompt in chosen:
-        bench.check(prompt)
+    if bench.flag not in settings.judge.own:  # which may know other words, and need other fields
+        for prompt in chosen:
+            bench.check(prompt)
     if settings.prompts and not _are_of(bench, prompts):
         partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
     default_batch = 16 if spec.record.width <= 128 else 4

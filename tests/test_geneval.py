@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flowopd_eval.benches import find_bench
 from flowopd_eval.errors import RequestError
 from flowopd_eval.prompts import GENEVAL_RELATIONS
 from flowopd_eval.records import Box, Detection, Prompt, Score
@@ -552,3 +553,26 @@ def test_a_wrong_position_is_worth_nothing() -> None:
 
 def test_partial_credit_has_a_name_of_its_own() -> None:
     assert PartialCreditScorer(ByWidth({})).identity()["metric"] == "partial_credit"
+
+
+@pytest.mark.parametrize(
+    ("bench", "fields", "said"),
+    [
+        ("coco", {"include": [{"class": "bycicle", "count": 1}]}, "class 'bycicle'.*did you mean 'bicycle'"),
+        ("coco", {"include": [{"class": "cat", "count": 1, "color": "rde"}]}, "color 'rde'.*did you mean 'red'"),
+        ("coco", {"include": [{"class": "cat", "count": 1}], "exclude": [{"class": "qqq", "count": 1}]}, "person, bic"),
+        ("shapes", {"include": [{"class": "dog", "count": 1}]}, "class 'dog'"),
+        ("coco", {"include": 5}, 'a list of clauses as "include", but got 5'),
+        ("coco", {"include": [{"class": "cat", "count": 1}], "exclude": None}, '"exclude", but got None'),
+    ],
+)
+def test_a_word_that_no_detection_has_is_refused_before_anything_is_drawn(bench, fields, said):
+    with pytest.raises(RequestError, match=rf"'mine'.*{said}"):
+        find_bench("geneval", bench).check(Prompt("mine", "a picture", "single_object", fields))
+
+
+@pytest.mark.parametrize("objects", ["coco", "shapes"])
+def test_every_prompt_of_the_benches_is_in_its_judge_s_words(objects):
+    bench = find_bench("geneval", objects)
+    for prompt in bench.prompts():
+        bench.check(prompt)

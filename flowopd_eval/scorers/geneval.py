@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from flowopd_eval.errors import RequestError
@@ -319,6 +320,11 @@ def check_record(prompt: Prompt) -> None:
     include, exclude = prompt.fields.get("include"), prompt.fields.get("exclude", ())
     if not include:
         raise RequestError(f'The prompt {prompt.id!r} has no "include" clauses; GenEval cannot judge it.')
+    for name, clauses in (("include", include), ("exclude", exclude)):
+        if not isinstance(clauses, list | tuple):
+            raise RequestError(
+                f'The prompt {prompt.id!r}: expected a list of clauses as "{name}", but got {clauses!r}.'
+            )
     for index, clause in enumerate([*include, *exclude]):
         known = isinstance(clause, Mapping) and isinstance(clause.get("class"), str)
         if not known or not isinstance(clause.get("count"), int) or clause["count"] < 1:
@@ -327,6 +333,17 @@ def check_record(prompt: Prompt) -> None:
         if "position" in clause and not _is_position(clause["position"], index):
             expected = f"[relation, index of an earlier clause] with a relation among {', '.join(GENEVAL_RELATIONS)}"
             raise RequestError(f"The prompt {prompt.id!r}: expected a position {expected}, but got {clause!r}.")
+
+
+def check_words(prompt: Prompt, classes: Sequence[str], colours: Sequence[str]) -> None:
+    """Raises a RequestError for a class or colour that no detection will ever have: all its pictures would be wrong."""
+    for clause in (*prompt.fields["include"], *prompt.fields.get("exclude", ())):
+        for kind, known in (("class", classes), ("color", colours)):
+            word = clause.get(kind)
+            if word is not None and word not in known:
+                near = get_close_matches(str(word), known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}."
+                raise RequestError(f"The prompt {prompt.id!r}: GenEval's judge knows no {kind} {word!r}; {hint}")
 
 
 def _is_position(position: Any, clauses: int) -> bool:
