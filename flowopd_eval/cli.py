@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from flowopd_eval.errors import RequestError, Unavailable, WorkError
-from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of
+from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of, refuse_unjudged
 from flowopd_eval.publishing_cli import push, verify
 from flowopd_eval.terminal import conclude, progress_bar, status
 
@@ -180,10 +180,15 @@ def score(
         Path, typer.Argument(metavar="DIR", help="A run, a folder in GenEval's layout, or GenEval's results.jsonl.")
     ],
     bench: Annotated[
-        str, typer.Option(help="Metric of a foreign folder: a bench's key, as `benches` lists.")
-    ] = "geneval",
-    model: Annotated[str, typer.Option(help="Name of the model that drew a foreign folder.")] = "unknown",
-    out: OutOption = None,
+        str | None,
+        typer.Option(help="Metric of a foreign folder: a bench's key, as `benches` lists (default: geneval)."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model that drew a foreign folder (default: unknown).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run to make of a foreign folder (default: runs/score-<its name>).")
+    ] = None,
     protocol: ProtocolOption = None,
     judge_url: JudgeUrlOption = None,
     judge_model: JudgeModelOption = None,
@@ -196,6 +201,7 @@ def score(
 ) -> None:
     """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout.
 
+    With another judge or protocol than the run's, all of its pictures are judged, and their scores replaced.
     Of a results.jsonl of GenEval's own, the numbers with intervals, and each verdict replayed from its boxes.
     """
     from flowopd_eval import harness, rescore, store
@@ -209,17 +215,23 @@ def score(
         raise RequestError(f"{folder} is not a folder. Give a run, or a folder with NNNNN/metadata.jsonl and samples/.")
     said = (judge_url, judge_model, metric, ocr_engine, ocr_workers, scorer, scorer_command)
     if (folder / "run.json").exists():
+        foreign = {"--bench": bench, "--model": model, "--out": out}
+        if given := [option for option, value in foreign.items() if value is not None]:
+            raise RequestError(
+                f"{folder} is a run: its benches and models are known, and its scores stay in it. Leave out "
+                f"{', '.join(given)}, which are for a folder of other pictures."
+            )
         out, folders = folder, store.bench_folders(folder)
         judge = judge_of([entry.request()["bench"] for entry in folders], *said)
     else:
-        kind = bench_by_key(bench)
+        kind = bench_by_key(bench or "geneval")
         judge = judge_of([kind.flag], *said)
         scorer_of(kind, protocol_of(kind, protocol), judge).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
         )
-        folders = [rescore.import_geneval(folder, out, run, model=model)]
+        folders = [rescore.import_geneval(folder, out, run, model=model or "unknown")]
     lacking: dict[str, str | None] = {}
     for entry in folders:
         request = entry.request()
@@ -237,6 +249,7 @@ def score(
         raise Unavailable("\n".join(filter(None, lacking.values())))
     store.note_unavailable(out, lacking)
     conclude(out)
+    refuse_unjudged(out)
 
 
 def _replay(path: Path) -> None:
@@ -374,7 +387,9 @@ def models() -> None:
         settings = f"{r.width}x{r.height}, {r.steps} steps, guidance {r.guidance:g}, shift {r.shift:g}, {r.dtype}"
         table = Table("model", "what it is", "adapter", title=f"{family.about}\n{settings}", title_justify="left")
         for name, member in family.members.items():
-            table.add_row(f"{family.name}:{name}", member.about, (member.adapter or "-").replace("+", "\n+ "))
+            guided = "" if member.guidance is None else f"; guidance {member.guidance:g}"
+            adapter = (member.adapter or "-").replace("+", "\n+ ")
+            table.add_row(f"{family.name}:{name}", member.about + guided, adapter)
         Console().print(table)
     typer.echo(REAL_MODEL_HELP)
 

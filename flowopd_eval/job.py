@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowopd_eval.errors import RequestError, Unavailable
+from flowopd_eval.errors import RequestError, Unavailable, WorkError
 from flowopd_eval.terminal import conclude, progress_bar, status
 
 if TYPE_CHECKING:
@@ -82,8 +82,27 @@ def draw(settings: Settings, *, score: bool) -> None:
     if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
         return
     conclude(out)
+    if score:
+        refuse_unjudged(out)
     if PAPER in settings.benches:
         _beside_the_paper(out)
+
+
+def refuse_unjudged(out: Path) -> None:
+    """Raises ``WorkError`` for a run whose judges gave not a single score: whoever asked for scores has none."""
+    from flowopd_eval import store
+
+    models = json.loads((out / "summary.json").read_bytes())["models"].values()
+    summaries = [summary for benches in models for summary in benches.values()]
+    if any(summary["n"] for summary in summaries) or not any(summary["unscored"] for summary in summaries):
+        return
+    every = (sample for folder in store.bench_folders(out) for path in folder.journals()
+             for sample in store.read_samples(path))  # fmt: skip
+    why = next((sample.error for sample in every if sample.error), "no reason was given")
+    raise WorkError(
+        f"Not one picture could be judged. The first: {why}. The pictures are kept; once that is mended, "
+        f"`flowopd-eval score {out}` judges them."
+    )
 
 
 def _beside_the_paper(out: Path) -> None:

@@ -183,3 +183,28 @@ def test_a_kill_between_new_scores_and_the_judges_name_leaves_no_score_under_ano
     assert folder.request()["scorer"] is None
     summary = rescore(folder, new)
     assert summary["scorer"] == json.loads(json.dumps(dict(new.identity()))) != old
+
+
+def test_a_run_of_which_nothing_could_be_judged_ends_with_an_error_and_its_pictures(command, tmp_path):
+    judge = tmp_path / "blind.py"
+    judge.write_text("class Blind:\n    def score(self, images, prompts):\n        raise ValueError('no eyes')\n")
+    out = tmp_path / "run"
+    code, _, errors = command("--bench", "quality", *DRAWN, "--out", out, "--scorer", f"{judge}:Blind")
+    assert code == 1
+    assert "no eyes" in errors
+    assert f"flowopd-eval score {out}" in errors.replace("\n", " ")
+    folder, found = samples(out, "quality")
+    assert found
+    assert all((folder / sample["file"]).is_file() for sample in found)
+    assert command("score", out)[0] == 0  # by the bench's own judge
+
+
+@pytest.mark.parametrize("option", ["--out", "--bench", "--model"])
+def test_what_is_for_a_foreign_folder_is_refused_of_a_run(option, command, tmp_path):
+    out = tmp_path / "run"
+    assert command("generate", "--bench", "quality", *DRAWN, "--out", out)[0] == 0
+    before = (out / "run.json").read_bytes()
+    code, _, errors = command("score", out, option, "elsewhere")
+    assert code == 2
+    assert f"Leave out {option}" in errors.replace("\n", " ")
+    assert (out / "run.json").read_bytes() == before
