@@ -4,6 +4,7 @@ Reads the log under ``runs/train/tiny_base``; writes ``benchmarks/results/tiny_b
 loss since the line before) and ``docs/miniature-loss.png``.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ RESULTS, PICTURE = Path("benchmarks/results/tiny_base_loss.json"), Path("docs/mi
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.curve", description=__doc__).parse_args()
     import matplotlib
 
     matplotlib.use("agg")

@@ -4,6 +4,7 @@ Writes ``docs/miniature.png`` and ``benchmarks/results/miniature.json``; the run
 gone on with when the command is given again.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -43,7 +44,9 @@ def contact_sheet(folders: list[Path], pictures: int) -> Image.Image:
 
 
 def main() -> None:
-    chosen = [int(word) for word in sys.argv[1:]] or [20, 40]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.miniature", description=__doc__)
+    parser.add_argument("steps", type=int, nargs="*", default=[20, 40], help="sampling steps (default: 20 and 40)")
+    chosen = parser.parse_args().steps
     results = {f"{steps} steps": evaluate(steps) for steps in chosen}
     folders = [RUNS / f"{chosen[0]}-steps" / "tiny-base" / bench for bench in ("geneval", "ocr")]
     contact_sheet(folders, COLUMNS * ROWS).save("docs/miniature.png", optimize=True)

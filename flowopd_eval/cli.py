@@ -45,7 +45,9 @@ BatchOption = Annotated[
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the model's record).")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps (default: cuda where there is one).")]
 ProtocolOption = Annotated[str | None, typer.Option(help="Scoring protocol (default: the bench's first).")]
-PromptsOption = Annotated[Path | None, typer.Option(help="Prompt file instead of the bench's own (JSON lines).")]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="Prompt file instead of the bench's own: JSON lines, or .txt with one a line.")
+]
 JudgeUrlOption = Annotated[
     str | None,
     typer.Option(

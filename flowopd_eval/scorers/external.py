@@ -9,7 +9,7 @@ decides its scores; then it answers each line with one line, and exits when its 
 
 ``picture`` is an RGB PNG, there until the answer is; ``value`` a finite number, or null where ``error`` says why.
 ``reason``, ``detail`` and ``error`` may be left out; a line has 4 MiB at most. The end of what it writes on standard
-error stands in messages. ``examples/external_scorers`` has three of them.
+error stands in messages. ``examples/external_scorers`` has four of them.
 """
 
 from __future__ import annotations
