@@ -53,8 +53,9 @@ def draw(settings: Settings, *, score: bool) -> None:
     """
     from flowopd_eval import harness, store
     from flowopd_eval.benches import PAPER, find_bench, flags_for
-    from flowopd_eval.models import DTYPES, resolve
+    from flowopd_eval.models import resolve
     from flowopd_eval.others import open_models
+    from flowopd_eval.records import DTYPES
 
     if settings.dtype not in (None, *DTYPES):
         raise RequestError(f"--dtype {settings.dtype!r} is none of {', '.join(DTYPES)}.")

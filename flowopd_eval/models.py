@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib import resources
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRecord
+from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRecord, read_settings, record_of
 from flowopd_eval.userfile import is_userfile
 
 if TYPE_CHECKING:
@@ -128,7 +127,6 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
-DTYPES = ("float32", "bfloat16", "float16")
 ANYTHING = "anything"  # what a model draws of which nothing is known
 
 
@@ -202,43 +200,8 @@ def settings_of(source: str) -> dict[str, Any]:
     Raises:
         RequestError: its file is no JSON object; and as :func:`flowopd_eval.download.fetch_files`.
     """
-    import json
-
     folder = fetch_files(source, [SETTINGS_FILE])[0] if source.startswith("hub:") else Path(source)
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise RequestError(f"{SETTINGS_FILE} of {source} is no JSON ({error}): restore it.") from error
-    if not isinstance(settings, dict):
-        raise RequestError(f"{SETTINGS_FILE} of {source} should hold an object, but holds {type(settings).__name__}.")
-    return settings
-
-
-def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:
-    """The sampling record in the ``settings`` of ``source``.
-
-    Raises:
-        RequestError: there is none, or none that anything can be drawn by.
-    """
-    from pydantic import TypeAdapter
-
-    try:
-        record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
-        if record.dtype not in DTYPES:
-            raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(DTYPES)}")
-        if low := [name for name in ("steps", "width", "height") if getattr(record, name) < 1]:
-            raise ValueError(f"{low[0]} is {getattr(record, low[0])}, and not 1 or more")
-        if not (isfinite(record.guidance) and isfinite(record.shift)):
-            raise ValueError(f"guidance {record.guidance} or shift {record.shift} is no finite number")
-    except (LookupError, ValueError) as error:
-        why = "record is missing" if isinstance(error, LookupError) else " ".join(str(error).split()[:30])
-        raise RequestError(
-            f"{SETTINGS_FILE} of {source} holds no sampling record ({why}): restore the file, or push it again."
-        ) from error
-    return record
+    return read_settings(folder, source)
 
 
 def _published(source: str, settings: Mapping[str, Any], lora: str | None) -> ModelSpec:

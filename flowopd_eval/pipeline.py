@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusi
 
 from flowopd_eval.adapters import Adapter, AdapterBank, check_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, SamplingRecord
+from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, SamplingRecord, read_settings, record_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +68,14 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
                 ``dtype`` all parts are fp32; left to themselves, text encoders would come as they are stored.
 
         Raises:
-            RequestError: an adapter that does not fit the backbone.
+            RequestError: an adapter that does not fit the backbone, or a broken settings file of a saved pipeline.
         """
         if not {"dtype", "torch_dtype"} & kwargs.keys():
             kwargs["dtype"] = torch.float32
+        settings = read_settings(Path(base), str(base))
+        stored = record_of(settings, str(base)) if "record" in settings else None
         pipeline = super().from_pretrained(str(base), **{**_absent_encoders(Path(base)), **kwargs})
-        settings = _read_settings(Path(base))
         saved = {name: Path(base) / EXPERTS_FOLDER / name for name in settings.get("experts", [])}
-        stored = SamplingRecord(**settings["record"]) if "record" in settings else None
         pipeline._record = record or stored
         pipeline.add_experts({**saved, **(experts or {})}, {**settings.get("guidance", {}), **(guidance or {})})
         return pipeline
@@ -293,11 +293,6 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
 @lru_cache(maxsize=256)
 def _warn_once(message: str) -> None:
     logger.warning(message)
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / SETTINGS_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _absent_encoders(folder: Path) -> dict[str, None]:

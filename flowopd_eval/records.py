@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from flowopd_eval.errors import RequestError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -121,6 +125,51 @@ SETTINGS_FILE = "flow_opd.json"  # in a saved pipeline's folder: its sampling re
 SD35_RECORD = SamplingRecord(
     steps=40, guidance=4.5, shift=3.0, width=512, height=512, text_length=128, dtype="bfloat16"
 )
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def read_settings(folder: Path, source: str) -> dict[str, Any]:
+    """What the :data:`SETTINGS_FILE` in ``folder`` says of the pipeline or adapter ``source``; empty without one.
+
+    Raises:
+        RequestError: it is no JSON object.
+    """
+    import json
+
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RequestError(f"{SETTINGS_FILE} of {source} is no JSON ({error}): restore it.") from error
+    if not isinstance(settings, dict):
+        raise RequestError(f"{SETTINGS_FILE} of {source} should hold an object, but holds {type(settings).__name__}.")
+    return settings
+
+
+def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:
+    """The sampling record in the ``settings`` of ``source``.
+
+    Raises:
+        RequestError: there is none, or none that anything can be drawn by.
+    """
+    from pydantic import TypeAdapter
+
+    try:
+        record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
+        if record.dtype not in DTYPES:
+            raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(DTYPES)}")
+        if low := [name for name in ("steps", "width", "height") if getattr(record, name) < 1]:
+            raise ValueError(f"{low[0]} is {getattr(record, low[0])}, and not 1 or more")
+        if not (isfinite(record.guidance) and isfinite(record.shift)):
+            raise ValueError(f"guidance {record.guidance} or shift {record.shift} is no finite number")
+    except (LookupError, ValueError) as error:
+        why = "record is missing" if isinstance(error, LookupError) else " ".join(str(error).split()[:30])
+        raise RequestError(
+            f"{SETTINGS_FILE} of {source} holds no sampling record ({why}): restore the file, or push it again."
+        ) from error
+    return record
 
 
 class Scorer(Protocol):

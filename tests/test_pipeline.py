@@ -215,3 +215,13 @@ def test_an_expert_made_for_another_guidance_scale_keeps_it_in_any_batch(tmp_pat
 def test_wrong_requests_are_named(pipe, arguments, message):
     with pytest.raises(RequestError, match=message):
         pipe(PROMPTS, num_inference_steps=1, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [("{", "no JSON"), ("[]", "should hold an object"), ('{"record": {"steps": 20}}', "no sampling record")],
+)
+def test_a_saved_pipeline_with_broken_settings_says_so_before_it_loads(settings, said, tmp_path):
+    (tmp_path / "flow_opd.json").write_text(settings)
+    with pytest.raises(RequestError, match=rf"flow_opd\.json of .*{said}"):
+        FlowOPDPipeline.from_pretrained(tmp_path)

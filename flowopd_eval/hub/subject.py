@@ -19,11 +19,10 @@ from flowopd_eval.models import (
     ModelSpec,
     fetch_base,
     load_adapter,
-    record_of,
     resolve,
     settings_of,
 )
-from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
+from flowopd_eval.records import SETTINGS_FILE, SamplingRecord, record_of
 
 if TYPE_CHECKING:
     from torch import nn
