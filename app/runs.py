@@ -17,6 +17,7 @@ from flowopd_eval.compare import Result, compare_runs
 from flowopd_eval.errors import RequestError
 from flowopd_eval.export import Results, comma_separated
 from flowopd_eval.gallery import change
+from flowopd_eval.harness import OWN_PROMPTS
 from flowopd_eval.quiet import printable
 from flowopd_eval.records import Sample
 from flowopd_eval.report import Entry, Run, boxes, load_run, metrics_of, verdict
@@ -97,11 +98,12 @@ class Runs:
         if name not in self.names():
             raise RequestError(f"There is no run {name!r} here.")
         asked = [folder.request() for folder in store.bench_folders(self.root / name)]
-        parts = [printable(f"{one['model']} on {one['key']} ({one['partial']})") for one in asked if one["partial"]]
+        cut = [one for one in asked if one["partial"] not in (None, OWN_PROMPTS)]
+        parts = [printable(f"{one['model']} on {one['key']} ({one['partial']})") for one in cut]
         if parts:
             raise RequestError(
                 f"a part of a bench says nothing of the whole, and only a part was drawn of {', '.join(parts)}. "
-                "Evaluate again without --limit, --tasks and --prompts into another --out."
+                "Evaluate again without --limit and --tasks into another --out."
             )
         return compare_runs([self.root / name], across="record")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError
-from flowopd_eval.harness import collect, mean_over
+from flowopd_eval.harness import OWN_PROMPTS, collect, mean_over
 from flowopd_eval.quiet import printable
 from flowopd_eval.records import Interval, Prompt, Sample
 from flowopd_eval.statistics import mean_interval, paired_difference, paired_sd, prompts_needed, task_mean_interval
@@ -313,6 +313,8 @@ def _check_contract(a: Entry, b: Entry, across: str | None) -> list[str]:
             + "\n  ".join([*(named[field] for field in refused), *remedies])
         )
     warnings = [f"Not the same: {text}" for text in named.values()]
+    if a.request["partial"] == OWN_PROMPTS:
+        warnings.append(f"Drawn from {OWN_PROMPTS}: what differs here differs on these prompts.")
     if unknown:
         warnings.append(f"Seeds and sampling record of {' and '.join(unknown)} are not known.")
     if a.request["batch_size"] != b.request["batch_size"]:
@@ -340,7 +342,7 @@ def _check_whole(entry: Entry, *, pilot: bool) -> None:
     folder, request = entry.folder, entry.request
     if request["scorer"] is None:
         raise RequestError(f"{folder.path} has no scores yet: flowopd-eval score {folder.out}.")
-    if request["partial"] and not pilot:
+    if request["partial"] not in (None, OWN_PROMPTS) and not pilot:
         raise RequestError(
             f"{folder.path} is partial ({printable(request['partial'])}): a part of a bench says nothing of the whole. "
             "Draw it without --limit and --tasks."

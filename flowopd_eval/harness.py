@@ -117,6 +117,8 @@ def protocol_and_engine(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 # -------------------------------------------------------------------------------------------------- request and plan
 
+OWN_PROMPTS = "other prompts than the bench's (--prompts)"  # all of them: no result of the bench, but whole in itself
+
 
 @dataclass(frozen=True)
 class BenchRun:

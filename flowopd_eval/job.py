@@ -145,7 +145,7 @@ def _plans(
 def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool) -> BenchRun:
     from flowopd_eval.benches import scorer_of
     from flowopd_eval.drawbench import refuse_unscreened
-    from flowopd_eval.harness import BenchRun
+    from flowopd_eval.harness import OWN_PROMPTS, BenchRun
     from flowopd_eval.prompts import read_prompts
     from flowopd_eval.report import metrics_of
 
@@ -158,7 +158,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
         for prompt in chosen:
             bench.check(prompt)
     if settings.prompts and not _are_of(bench, prompts):
-        partial = " ".join(["other prompts than the bench's (--prompts)", *([partial] if partial else [])])
+        partial = " ".join([OWN_PROMPTS, *([partial] if partial else [])])
     default_batch = 16 if spec.record.width <= 128 else 4
     return BenchRun(
         bench=bench.flag,

@@ -18,7 +18,7 @@ from rich.console import Console
 from flowopd_eval import statistics
 from flowopd_eval.compare import compare_runs, find_sides, prompts_for, terminal_report
 from flowopd_eval.errors import RequestError
-from flowopd_eval.harness import run_bench
+from flowopd_eval.harness import OWN_PROMPTS, run_bench
 from flowopd_eval.records import Score
 from flowopd_eval.store import Shard
 
@@ -460,6 +460,22 @@ def test_power_in_the_units_of_a_metric_of_its_own_scale(tmp_path):
     (found,) = prompts_for([a, b], 0.2)
     assert found.needed == math.ceil(((1.959964 + 0.841621) * sd_by_hand(a, b) / 0.2) ** 2)
     assert "a difference of 0.2 (in the metric's own units, as its scores are not within 0..1)" in found.sentence
+
+
+def test_runs_on_the_same_prompts_of_ones_own_are_compared_and_it_is_said(tmp_path):
+    run = replace(RUN, prompts=PROMPTS[:6], partial=OWN_PROMPTS)
+    a, b = (draw(tmp_path / name, Model(f"model:{name}", right), run) for name, right in (("a", BASE), ("b", ALL)))
+    (comparison,) = compare_runs([a, b]).comparisons
+    differences = np.concatenate([*prompt_differences(scored_pairs(a, b)).values()])
+    assert comparison.overall.difference.value == pytest.approx(differences.mean())
+    assert comparison.warnings[0].startswith("Drawn from other prompts than the bench's (--prompts)")
+    other = draw(tmp_path / "c", Model("model:c", ALL), replace(run, prompts=PROMPTS[:4]))
+    with pytest.raises(RequestError, match="prompts_sha256"):
+        compare_runs([a, other])
+    part = replace(run, prompts=PROMPTS[:4], partial=f"{OWN_PROMPTS} --limit 4")
+    c, d = (draw(tmp_path / name, Model(f"model:{name}", ALL), part) for name in ("d", "e"))
+    with pytest.raises(RequestError, match=r"--limit 4\)"):
+        compare_runs([c, d])
 
 
 def test_power_takes_a_pilot_that_compare_refuses(tmp_path):

@@ -128,7 +128,7 @@ def test_a_run_drawn_in_part_says_so_and_shows_no_difference(part):
     words = re.sub(r"<[^>]+>", "\n", page)
     assert "Partial. painter:student: --limit 4\n" in words
     assert "only a part was drawn of painter:student on red_squares (--limit 4)." in words
-    assert "Evaluate again without --limit, --tasks and --prompts into another --out." in words
+    assert "Evaluate again without --limit and --tasks into another --out." in words
     assert 'class="differences"' not in page
 
 
