@@ -12,11 +12,11 @@ from typing import Annotated
 import typer
 
 from flowopd_eval.errors import RequestError
+from flowopd_eval.records import DTYPES
 
 _VOTES = Path("runs/app/votes.sqlite")
 _RUNS = Path("runs")
 _PORTS = 65535
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def start(
@@ -81,8 +81,8 @@ def _check(runs: Path | None, host: str | None, port: int | None, dtype: str | N
     """Raises ``RequestError`` for what can be refused before a model is loaded, which takes minutes for a real one."""
     if runs is not None and not runs.is_dir():
         raise RequestError(f"--runs {runs}: there is no such folder.")
-    if dtype not in (None, *_DTYPES):
-        raise RequestError(f"--dtype {dtype}: expected {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}.")
+    if dtype not in (None, *DTYPES):
+        raise RequestError(f"--dtype {dtype}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     if port is not None and not 1 <= port <= _PORTS:
         raise RequestError(f"--port {port}: expected a number from 1 to {_PORTS}.")
     _listen(host, 0, f"--host {host}: this machine cannot listen there; give an address of its own, or leave it out.")

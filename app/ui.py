@@ -21,7 +21,7 @@ from app.vote_tab import Polling, VoteTab
 from app.wanted import shown
 
 TITLE = "Flow-OPD: student against experts"
-TOY = "Toy model: the same code at 1/600 of the size."
+TOY = "Toy model: the same code at 1/550 of the size."
 QUEUE = 64  # requests that may wait; further ones are told that the queue is full
 _STYLE = Path(__file__).with_name("style.css")
 # Left with Tab, gradio's list of choices closes and, of the same key, opens again over what comes next.

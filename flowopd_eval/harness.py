@@ -208,7 +208,7 @@ def claim(folder: BenchFolder, request: dict[str, Any], prompts: Sequence[Prompt
         if entry is None:
             store.write_atomic(folder.path / "prompts.jsonl", store.prompt_lines(prompts))
             run["runs"][folder.entry] = {"request": request, "sessions": []}
-            run["note"] = note or run["note"]
+            run["note"] = "\n".join(dict.fromkeys([*run["note"].splitlines(), *note.splitlines()]))
         elif changed := store.differences(entry["request"], request):
             raise RequestError(
                 f"{folder.path} already answers another request:\n  "
@@ -232,7 +232,8 @@ def run_bench(
 ) -> dict[str, Any]:
     """Draw and judge what is still missing of ``run`` in ``out``; returns the summary (of all shards that are there).
 
-    ``note`` says in plain words what is evaluated; it heads the report. ``progress(done, total, text)`` counts pictures
+    ``note`` says in plain words what is evaluated, a model a line; the lines of all runs into ``out`` head the report.
+    ``progress(done, total, text)`` counts pictures
     of this shard; it is called after each batch, from the worker thread. Call again with the same request to continue;
     a finished run draws nothing.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from flowopd_eval.models import ModelSpec
     from flowopd_eval.records import Prompt, SamplingRecord
     from flowopd_eval.store import Shard
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def draw(settings: Settings, *, score: bool) -> None:
     if settings.dtype not in (None, *DTYPES):
         raise RequestError(f"--dtype {settings.dtype!r} is none of {', '.join(DTYPES)}.")
     specs = list(dict.fromkeys(resolve(name, settings.lora) for name in settings.models))
+    _refuse_equal_names(specs)
     work = [(s, find_bench(flag, s.objects)) for s in specs for flag in flags_for(settings.benches, s.objects)]
     device = device_of(settings.device)
     by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
@@ -69,7 +73,10 @@ def draw(settings: Settings, *, score: bool) -> None:
     if settings.out is None and shard.count > 1:
         raise RequestError("Parts of one run need one folder: give --out DIR, the same for each part.")
     out = settings.out or _default_out(settings.benches, specs)
-    note = _note(specs)
+    notices = [models.notice for models in opened.values() if models.notice]
+    for notice in notices:
+        _log.warning(notice)
+    note = "\n".join([_note(specs), *notices])
     for base in by_base:
         models = opened.pop(base)  # one backbone in memory at a time
         with status(f"loading {', '.join(spec.name for spec in by_base[base])}"):
@@ -324,4 +331,18 @@ def device_of(name: str | None) -> str:
 def _note(specs: Sequence[ModelSpec]) -> str:
     if all(spec.base == "builtin:tiny" for spec in specs):
         return "Evaluated: the built-in miniature, not SD3.5. Its scores compare with nothing but the miniature's own."
-    return "Evaluated: " + "; ".join(f"{spec.name} ({spec.about})" for spec in specs) + "."
+    return "\n".join(f"Evaluated: {spec.name} ({spec.about})." for spec in specs)
+
+
+def _refuse_equal_names(specs: Sequence[ModelSpec]) -> None:
+    """Raises ``RequestError`` for two models whose results would lie in one folder."""
+    from flowopd_eval.store import folder_name
+
+    seen: dict[str, ModelSpec] = {}
+    for spec in specs:
+        other = seen.setdefault(folder_name(spec.name), spec)
+        if other is not spec:
+            raise RequestError(
+                f"Two models go by the name {spec.name!r}, and so would their results: {other.adapter or other.base} "
+                f"and {spec.adapter or spec.base}. Rename a folder, or draw them into an --out each."
+            )

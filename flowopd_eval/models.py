@@ -123,7 +123,7 @@ FAMILIES: dict[str, Family] = {
         TINY_RECORD,
         _tiny_members(),
         "shapes",
-        "the built-in miniature: the same architecture at 1/600 of the size, 64x64 pictures of shapes and signs",
+        "the built-in miniature: the same architecture at 1/550 of the size, 64x64 pictures of shapes and signs",
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
@@ -276,6 +276,13 @@ class Backbone:
         self.specs = list(specs)
         self.device = device
         self.dtype = dtype or specs[0].record.dtype
+        self.notice = ""
+        if base not in [family.base for family in FAMILIES.values()] and not read_settings(self.folder, base):
+            self.notice = (
+                f"{base} has no {SETTINGS_FILE}, which would say how it is meant to be drawn: unless told otherwise, "
+                f"as Stable Diffusion 3.5 Medium is, with {SD35_RECORD.steps} steps, guidance {SD35_RECORD.guidance:g} "
+                f"and {SD35_RECORD.width}x{SD35_RECORD.height} pixels."
+            )
 
     @cached_property
     def sha256(self) -> str:

@@ -30,7 +30,9 @@ _FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors"]  # nothing that would
 
 
 class Models(Protocol):
-    """Models that share what is loaded once."""
+    """Models that share what is loaded once. ``notice``: what nobody would guess of how they are drawn, or empty."""
+
+    notice: str
 
     def load(self) -> None:
         """Have everything in memory."""
@@ -81,6 +83,8 @@ class DiffusersModel:
         device: where it runs.
         dtype: name of a torch dtype; float32 unless told otherwise.
     """
+
+    notice = ""
 
     def __init__(self, base: str, specs: Sequence[ModelSpec], device: str, dtype: str | None) -> None:
         if len(specs) > 1:
@@ -256,6 +260,8 @@ class PythonModel:
     A class is made without arguments first, so that it can load its weights. An attribute ``sampling`` (a dictionary)
     stands in the results as the sampling record: a function knows best what decides its pictures.
     """
+
+    notice = ""
 
     def __init__(self, base: str, specs: Sequence[ModelSpec], dtype: str | None) -> None:
         if specs[0].adapter or dtype:

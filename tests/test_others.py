@@ -26,7 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from flowopd_eval.adapters import write_adapter
 from flowopd_eval.benches import find_bench
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.models import ANYTHING, Backbone, fetch_base, resolve
+from flowopd_eval.models import ANYTHING, TINY_RECORD, Backbone, fetch_base, resolve
 from flowopd_eval.others import DiffusersModel, PythonModel, open_models
 from flowopd_eval.records import Prompt
 from flowopd_eval.tiny.vocabulary import build_tokenizer
@@ -141,7 +141,11 @@ def test_a_pipeline_s_own_defaults_are_its_record(stable_diffusion, flux):
 
 def test_sd3_is_drawn_by_our_own_pipeline(stable_diffusion):
     spec = resolve(str(fetch_base("builtin:tiny")))
-    assert isinstance(open_models(spec.base, [spec], "cpu", None), Backbone)
+    models = open_models(spec.base, [spec], "cpu", None)
+    assert isinstance(models, Backbone)
+    assert "no flow_opd.json" in models.notice
+    assert "40 steps, guidance 4.5 and 512x512" in models.notice
+    assert open_models("builtin:tiny", [resolve("tiny:base")], "cpu", None).notice == ""
     assert isinstance(open_models(str(stable_diffusion), [resolve(str(stable_diffusion))], "cpu", None), DiffusersModel)
 
 
@@ -154,6 +158,39 @@ def test_the_command_scores_a_pipeline_and_says_what_it_was(stable_diffusion, co
     request = json.loads((out / "run.json").read_text())["runs"]["sd/geneval"]["request"]
     assert request["generator"]["sampling"]["steps"] == 2
     assert request["key"] == "shapes_geneval"
+
+
+def test_what_was_assumed_of_a_pipeline_is_said_and_every_model_s_note_is_kept(command, tmp_path, monkeypatch):
+    """Two commands into one folder: the report's head names what both evaluated.
+
+    A miniature cannot draw 512x512 pixels: the settings assumed are its own here.
+    """
+    monkeypatch.setattr("flowopd_eval.models.SD35_RECORD", TINY_RECORD)
+    out = tmp_path / "run"
+    shutil.copytree(fetch_base("builtin:tiny"), tmp_path / "mine")
+    few = ("--bench", "geneval", "--limit", 1, "--tasks", "colors", "--steps", 1, "--out", out)
+    assert command(*few, "--model", "tiny:base")[0] == 0
+    width = ("--bench", "shapes_geneval", *few[2:], "--model", tmp_path / "mine")
+    code, said, errors = command(*width)
+    assert code == 0, errors
+    note = json.loads((out / "run.json").read_text())["note"].splitlines()
+    assert note[0].startswith("Evaluated: the built-in miniature")
+    assert note[1].startswith(f"Evaluated: mine ({tmp_path / 'mine'})")
+    assert "has no flow_opd.json" in note[2]
+    assert note[2] in errors + said
+    assert command(*width)[0] == 0
+    assert json.loads((out / "run.json").read_text())["note"].splitlines() == note
+
+
+def test_two_models_of_one_name_are_refused_before_anything_is_drawn(command, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(fetch_base("builtin:tiny"), tmp_path / place / "mine")
+    models = ("--model", tmp_path / "a" / "mine", "--model", tmp_path / "b" / "mine")
+    code, _, errors = command("--bench", "shapes_geneval", *models, "--out", tmp_path / "run")
+    assert code == 2
+    assert "go by the name 'mine'" in errors
+    assert str(tmp_path / "b" / "mine") in errors
+    assert not (tmp_path / "run").exists()
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

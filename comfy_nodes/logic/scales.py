@@ -73,7 +73,8 @@ def find_scale(keys: Sorted, header: Mapping[str, str], beside: str | None, sha2
     raise PackError(
         f"{name} is a bare PEFT file: its scale alpha / r stands only in the {CONFIG} of its repository. Put that file "
         "into the same folder, or write a file with the scale inside: `flowopd-eval convert FILE --out FOLDER` "
-        "(pip install flowopd-eval). Loaded as it is, it might have half of its strength."
+        "(python -m pip install 'flowopd-eval @ file:///PATH/TO/CHECKOUT'). Loaded as it is, it might have half "
+        "of its strength."
     )
 
 

@@ -90,7 +90,7 @@ def drawing():
 
 
 def test_the_first_page_says_what_it_is_and_what_to_do(page):
-    assert "Toy model: the same code at 1/600 of the size" in page.inner_text("header")
+    assert "Toy model: the same code at 1/550 of the size" in page.inner_text("header")
     assert "No pictures yet" in page.inner_text("#grid")
     assert page.title().startswith("Flow-OPD")
 
