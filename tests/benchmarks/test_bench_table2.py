@@ -92,11 +92,12 @@ def test_of_close_weights_the_first_is_taken(monkeypatch):
 
 
 def test_every_arm_asks_for_settings_that_its_recipe_knows():
-    for arm in (*table2.ARMS, *table2.MODES):
+    arms = (*table2.ARMS, *table2.MODES, *table2.LONG)
+    for arm in arms:
         if arm.recipe:
             recipe, *sets = (word for word in arm.command[3:] if word != "--set")
             load_recipe(Path(recipe), sets)
-    names = [arm.name for arm in (*table2.ARMS, *table2.MODES)]
+    names = [arm.name for arm in arms]
     assert len(set(names)) == len(names)
     assert all(arm.name == "base" or arm.start in names[: names.index(arm.name)] for arm in table2.ARMS)
 
@@ -200,6 +201,15 @@ def test_modes_are_trained_beside_the_same_without_and_leave_the_table_alone(che
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "docs", "table2-modes.json"]
     assert (tmp_path / "README.md").read_text() == table2.START + table2.END
     assert not list((tmp_path / "docs").iterdir())
+
+
+def test_each_part_makes_all_that_its_arms_start_from_and_are_held_against():
+    for again, beside, hoped in table2.PARTS.values():
+        made = [*again, *(arm.name for arm in beside)]
+        starts = {arm.name: arm.start for arm in (*table2.ARMS, *beside)}
+        assert all(starts[name] in ("base", *made[: made.index(name)]) for name in made)
+        assert {name for _, *pair, _, _ in hoped for name in pair} <= set(made)
+        assert all(starts[name] in made for name in made if name in table2.CURVES)
 
 
 def test_each_mode_is_held_against_the_same_without(evaluate):
