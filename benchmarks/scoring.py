@@ -4,8 +4,8 @@
   the harness overlaps them. The share that judging adds is (both - drawing) / both; without overlap it would be
   judging / (drawing + judging). ``results/scoring.json``.
 - ``detector``: GenEval's detector and CLIP, random weights of the real size, as :class:`GenEvalScorer` runs them and
-  as the official script does: picture by picture, all hundred masks enlarged, crop by crop. Verdicts, boxes and colours
-  must be the same. ``results/scoring-detector-cpu.json`` or ``-cuda.json``.
+  as the official script does: picture by picture, all hundred masks enlarged, crop by crop, on transformers' network
+  as it is. Verdicts, boxes and colours must be the same. ``results/scoring-detector-cpu.json`` or ``-cuda.json``.
 - ``ocr``: pictures a second by number of processes; all must read the same. ``results/scoring-ocr.json``.
 """
 
@@ -19,7 +19,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -34,9 +34,18 @@ from flowopd_eval.records import Detection, Prompt, Score
 from flowopd_eval.rescore import rescore
 from flowopd_eval.scorers.clip_colours import ClipColours, cut_out
 from flowopd_eval.scorers.geneval import OFFICIAL, GenEvalScorer, colour_queries, keep, verdict, with_colours
-from flowopd_eval.scorers.mask2former import Mask2FormerDetector, MaskedDetection, build_network, prepare
+from flowopd_eval.scorers.mask2former import (
+    Mask2FormerDetector,
+    MaskedDetection,
+    build_network,
+    load_weights,
+    prepare,
+)
 from flowopd_eval.scorers.ocr import OCRScorer
 from flowopd_eval.store import BenchFolder, read_samples
+
+if TYPE_CHECKING:
+    from transformers import Mask2FormerForUniversalSegmentation
 
 BATCH = 16
 OBJECTS = ("dog", "bicycle")  # what the random detector is biased to see
@@ -163,14 +172,14 @@ def questions(count: int, height: int = 512) -> tuple[list[Image.Image], list[Pr
 
 
 class OneByOne:
-    """GenEval's script as it runs: ``evaluate_images.py`` of djghosh13/geneval, on the same networks.
+    """GenEval's script as it runs: ``evaluate_images.py`` of djghosh13/geneval, with transformers' own network.
 
     One picture at a time through the detector; all of mmdet's hundred masks enlarged, whatever their score; each crop
     alone through CLIP, the sentences of a class once.
     """
 
-    def __init__(self, detector: Mask2FormerDetector) -> None:
-        self.detector = detector
+    def __init__(self, detector: Mask2FormerDetector, network: Mask2FormerForUniversalSegmentation) -> None:
+        self.detector, self.network = detector, network
 
     def score(self, pictures: Sequence[Image.Image], prompts: Sequence[Prompt]) -> list[Score]:
         """Verdicts, in order."""
@@ -187,7 +196,7 @@ class OneByOne:
 
         prepared = prepare(picture)
         with torch.inference_mode():
-            out = self.detector.network(pixel_values=torch.from_numpy(prepared.pixels)[None].to(self.detector.device))
+            out = self.network(pixel_values=torch.from_numpy(prepared.pixels)[None].to(self.detector.device))
             scores = out.class_queries_logits[0].float().softmax(-1)[:, :-1]
             best = scores.flatten().topk(min(100, scores.numel()))
             queries, labels = best.indices // scores.shape[1], best.indices % scores.shape[1]
@@ -239,10 +248,14 @@ def _colours(score: Score) -> dict[str, set[str]]:
 
 
 def detection(
-    detector: Mask2FormerDetector, pictures: Sequence[Image.Image], prompts: Sequence[Prompt], repetitions: int
+    detector: Mask2FormerDetector,
+    plain: Mask2FormerForUniversalSegmentation,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[Prompt],
+    repetitions: int,
 ) -> dict[str, Any]:
-    """Ours, by its batch and one by one, against the official loop."""
-    official, ours = OneByOne(detector), GenEvalScorer(detector)
+    """Ours, by its batch and one by one, against the official loop with ``plain``, transformers' network as it is."""
+    official, ours = OneByOne(detector, plain), GenEvalScorer(detector)
 
     def at(batch: int) -> list[Score]:
         detector.batch = batch
@@ -277,8 +290,9 @@ def detector_part(repetitions: int, pictures: int | None, smoke: bool) -> None:
     narrow = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     with TemporaryDirectory() as folder:
         detector = random_detector(Path(folder), device, 8 if device == "cuda" else 4, **(narrow if smoke else {}))
+        plain = load_weights(detector.weights).to(device).eval()
         images, prompts = questions(2, height=16) if smoke else questions(count)
-        results = detection(detector, images, prompts, repetitions)
+        results = detection(detector, plain, images, prompts, repetitions)
         where, busy = profile(lambda: GenEvalScorer(detector).score(images[:4], prompts[:4]), most=10)
     show_profile("Where the time goes", where)
     measure.keep(f"scoring-detector-{device}", {**results, "profile": where, "device_busy": busy}, smoke)

@@ -277,6 +277,27 @@ def official_weights(folder: Path | None = None, url: str = CHECKPOINT_URL, sha2
     return converted
 
 
+def load_weights(weights: Path) -> Mask2FormerForUniversalSegmentation:
+    """The network with what :func:`official_weights` returned.
+
+    Raises:
+        RequestError: the file cannot be read, or does not fit the network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    network = build_network()
+    try:
+        state = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"{weights} cannot be read ({error}): delete it, it is made again.") from error
+    result = network.load_state_dict(state, strict=False)
+    misfits = [name for name in result.missing_keys if not _UNUSED.search(name)] + result.unexpected_keys
+    if misfits:
+        raise RequestError(f"{weights} does not fit the detector: {', '.join(misfits[:4])} …; delete it.")
+    return network
+
+
 # --- before and after the network ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Prepared:
@@ -380,19 +401,12 @@ class Mask2FormerDetector:
 
     @cached_property
     def network(self) -> Mask2FormerForUniversalSegmentation:
-        """The network with its weights."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        """The network with its weights; on a CPU with a quicker attention (:mod:`flowopd_eval.scorers.deformable`)."""
+        network = load_weights(self.weights)
+        if self.device == "cpu":
+            from flowopd_eval.scorers.deformable import quicken
 
-        network = build_network()
-        try:
-            state = load_file(self.weights)
-        except (OSError, SafetensorError) as error:
-            raise RequestError(f"{self.weights} cannot be read ({error}): delete it, it is made again.") from error
-        result = network.load_state_dict(state, strict=False)
-        misfits = [name for name in result.missing_keys if not _UNUSED.search(name)] + result.unexpected_keys
-        if misfits:
-            raise RequestError(f"{self.weights} does not fit the detector: {', '.join(misfits[:4])} …; delete it.")
+            quicken(network)
         return network.to(self.device).eval()
 
     def identity(self) -> Mapping[str, Any]:

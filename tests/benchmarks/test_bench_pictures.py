@@ -76,7 +76,7 @@ def detector(tmp_path_factory):
 
 def test_ours_judges_as_the_loop_one_by_one(detector, capsys):
     pictures, prompts = scoring.questions(3, height=64)
-    found = scoring.detection(detector, pictures, prompts, 1)
+    found = scoring.detection(detector, detector.network, pictures, prompts, 1)
     assert set(found["objects"].values()) == {6}  # two objects in each picture
     assert "official, one by one" in capsys.readouterr().out
 
@@ -103,7 +103,7 @@ def test_a_faster_judge_that_finds_less_is_refused(detector, monkeypatch):
         scoring.GenEvalScorer, "_detect", lambda self, pictures: [found[:1] for found in self.detector.detect(pictures)]
     )
     with pytest.raises(WorkError):
-        scoring.detection(detector, *scoring.questions(2, height=64), 1)
+        scoring.detection(detector, detector.network, *scoring.questions(2, height=64), 1)
 
 
 class Reader:
