@@ -25,7 +25,7 @@ def start(
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER[@GUIDANCE]",
-            help="A further model, drawn with the base's guidance scale or with GUIDANCE; repeatable.",
+            help="A further model, drawn by its own record or with GUIDANCE; repeatable.",
         ),
     ] = None,
     runs: Annotated[Path | None, typer.Option(help="Folder of finished runs (default: runs).")] = None,

@@ -17,6 +17,7 @@ import typer
 from flowopd_eval.errors import RequestError, Unavailable, WorkError
 from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of, refuse_unjudged
 from flowopd_eval.publishing_cli import push, verify
+from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 from flowopd_eval.terminal import conclude, progress_bar, status
 
 app = typer.Typer(
@@ -452,13 +453,16 @@ def convert(
 ) -> None:
     """Write a LoRA so that it loads at full strength in diffusers, PEFT and ComfyUI."""
     from flowopd_eval.adapters import read_adapter, write_adapter
+    from flowopd_eval.models import pass_on_settings
 
     adapter = read_adapter(source, alpha=alpha)
     write_adapter(adapter, out)
+    record = pass_on_settings([source], out)
     typer.echo(
         f"{source}: {len(adapter.factors)} modules, rank {adapter.rank}, alpha {adapter.alpha} ({adapter.alpha_from})"
     )
     typer.echo(f"Written to {out}, scale included: pytorch_lora_weights.safetensors (diffusers, ComfyUI), PEFT folder.")
+    _tell_of_record(record, out)
 
 
 @app.command()
@@ -473,18 +477,28 @@ def merge(
     """Merge LoRAs into one: `flowopd-eval merge A=0.5 B=0.5 --out DIR`."""
     from flowopd_eval import store
     from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
+    from flowopd_eval.models import pass_on_settings
 
-    weighted = [(read_adapter(source), weight) for source, weight in map(_weighted_source, parts)]
+    named = [_weighted_source(part) for part in parts]
+    weighted = [(read_adapter(place), weight) for _, place, weight in named]
     merged, merge_report = merge_adapters(weighted, rank=rank, method=method)
     write_adapter(merged, out)
+    record = pass_on_settings([source for source, _, _ in named], out)
     made: dict[str, object] = {"stage": "merge", "teachers": {adapter.source: weight for adapter, weight in weighted}}
     made |= {"rank": merged.rank, "method": method, "discarded_energy": merge_report.discarded_energy}
     store.write_json(out / "recipe.json", made)  # `push` puts it on the card
     size = f"{len(merged.factors)} modules at rank {merged.rank}"
     typer.echo(f"{size}; {merge_report.discarded_energy:.2%} of the energy discarded. Written to {out}.")
+    _tell_of_record(record, out)
 
 
-def _weighted_source(text: str) -> tuple[str, float]:
+def _tell_of_record(record: SamplingRecord | None, out: Path) -> None:
+    if record:
+        typer.echo(f"Drawn with guidance {record.guidance:g} and {record.steps} steps, as {out / SETTINGS_FILE} says.")
+
+
+def _weighted_source(text: str) -> tuple[str, str, float]:
+    """What is merged, where its adapter lies, and its weight."""
     from flowopd_eval.models import FAMILIES, MERGE, resolve
 
     source, _, number = text.rpartition("=")
@@ -496,8 +510,8 @@ def _weighted_source(text: str) -> tuple[str, float]:
         adapter = resolve(source).adapter
         if adapter is None or adapter.startswith(MERGE):
             raise RequestError(f"{source} has no adapter to merge of its own; name adapters.")
-        return adapter, weight
-    return source, weight
+        return source, adapter, weight
+    return source, source, weight
 
 
 app.command()(push)

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, Prompt, SamplingRecord, read_settings, record_of
+from flowopd_eval.records import (
+    SD35_RECORD,
+    SETTINGS_FILE,
+    Prompt,
+    SamplingRecord,
+    read_settings,
+    record_of,
+    write_settings,
+)
 from flowopd_eval.userfile import is_userfile
 
 if TYPE_CHECKING:
@@ -150,6 +158,8 @@ class ModelSpec:
 def resolve(name: str, lora: str | None = None) -> ModelSpec:
     """The model that goes by ``name``: ``family[:member]``, a folder, ``hub:REPO@REVISION``, or ``FILE.py:NAME``.
 
+    An adapter ``lora`` that says that it was made for that family's base is drawn by its own record.
+
     Raises:
         RequestError: no such family, member or folder, or one whose own record cannot be read.
     """
@@ -165,11 +175,12 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
         if lora and member.adapter:
             raise RequestError(f"Model {name!r} has an adapter of its own; use --lora with {family_name}:base.")
         full = f"{family_name}:{member_name}"
+        own = settings_of(lora) if lora else {}
         return ModelSpec(
             f"{full}+{Path(lora).name}" if lora else full,
             family.base,
             lora or member.adapter,
-            member.record(family.record),
+            record_of(own, str(lora)) if own.get("adapter_of") == full else member.record(family.record),
             family.objects,
             family.about if member.adapter is None else member.about,
         )
@@ -194,8 +205,33 @@ def own_record(source: str) -> SamplingRecord | None:
     return resolve(source).record if known or settings_of(source) else None
 
 
+def adapter_settings(base: str, record: SamplingRecord) -> dict[str, Any]:
+    """What stands in the settings file beside an adapter of ``base`` (``FAMILY:base``) that is drawn by ``record``."""
+    return {"adapter_of": base, "record": asdict(record)}
+
+
+def pass_on_settings(sources: Sequence[str], folder: Path) -> SamplingRecord | None:
+    """Write beside an adapter in ``folder`` the record of the adapters it was made of, where all have the same.
+
+    ``sources`` are known names, folders, or ``hub:…``. Returns that record; None where one has none, or they differ.
+
+    Raises:
+        RequestError: as :func:`settings_of`.
+    """
+    said = []
+    for source in sources:
+        family = source.partition(":")[0]
+        known = family in FAMILIES
+        said.append(adapter_settings(f"{family}:base", resolve(source).record) if known else settings_of(source))
+    (folder / SETTINGS_FILE).unlink(missing_ok=True)  # of what was written there before
+    if "adapter_of" not in said[0] or any(one != said[0] for one in said):
+        return None
+    write_settings(folder, said[0])
+    return record_of(said[0], sources[0])
+
+
 def settings_of(source: str) -> dict[str, Any]:
-    """What a saved pipeline, or an adapter that `flowopd-eval push` published, says of itself; empty for any other.
+    """What a saved pipeline, or an adapter that was trained or published here, says of itself; empty for any other.
 
     Raises:
         RequestError: its file is no JSON object; and as :func:`flowopd_eval.download.fetch_files`.

@@ -17,7 +17,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_output import StableDiffusi
 
 from flowopd_eval.adapters import Adapter, AdapterBank, check_adapter, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.records import SD35_RECORD, SETTINGS_FILE, SamplingRecord, read_settings, record_of
+from flowopd_eval.records import SD35_RECORD, SamplingRecord, read_settings, record_of, write_settings
 
 logger = logging.getLogger(__name__)
 
@@ -287,7 +287,7 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         for name, adapter in self._adapters.items():
             write_adapter(adapter, folder / EXPERTS_FOLDER / name)
         settings = {"record": asdict(self.record), "experts": list(self.experts), "guidance": self._scales}
-        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        write_settings(folder, settings)
 
 
 @lru_cache(maxsize=256)

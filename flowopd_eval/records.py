@@ -120,7 +120,7 @@ class SamplingRecord:
     negative_prompt: str = ""
 
 
-SETTINGS_FILE = "flow_opd.json"  # in a saved pipeline's folder: its sampling record and its experts
+SETTINGS_FILE = "flow_opd.json"  # with a pipeline: its sampling record and its experts; with an adapter: its record
 # Stable Diffusion 3.5 Medium as the paper evaluates it (arXiv 2605.08063); text length as in its public code.
 SD35_RECORD = SamplingRecord(
     steps=40, guidance=4.5, shift=3.0, width=512, height=512, text_length=128, dtype="bfloat16"
@@ -146,6 +146,13 @@ def read_settings(folder: Path, source: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise RequestError(f"{SETTINGS_FILE} of {source} should hold an object, but holds {type(settings).__name__}.")
     return settings
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the :data:`SETTINGS_FILE` into ``folder``, which must be there."""
+    import json
+
+    (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:

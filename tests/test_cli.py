@@ -150,11 +150,15 @@ def test_lists(command):
 
 def test_convert_and_merge(command, tmp_path):
     from flowopd_eval.adapters import read_adapter, write_adapter
-    from flowopd_eval.models import Backbone, resolve
+    from flowopd_eval.models import Backbone, adapter_settings, resolve
+    from flowopd_eval.records import write_settings
 
     transformer = Backbone("builtin:tiny", [resolve("tiny")], "cpu", None).pipeline.transformer
     for index, name in enumerate(["a", "b"]):
         write_adapter(random_adapter(transformer, index), tmp_path / name)
+    write_settings(tmp_path / "a", adapter_settings("tiny:base", resolve("tiny:student").record))
+    assert "Drawn with guidance 1 and 20 steps" in command("convert", tmp_path / "a", "--out", tmp_path / "own")[1]
+    assert resolve(str(tmp_path / "own")).record == resolve("tiny:student").record
     code, stdout, stderr = command(
         "convert", tmp_path / "a" / "pytorch_lora_weights.safetensors", "--out", tmp_path / "c"
     )
@@ -166,6 +170,7 @@ def test_convert_and_merge(command, tmp_path):
     )
     assert code == 0
     assert "0.00% of the energy discarded" in stdout
+    assert "Drawn with" not in stdout  # b says nothing of it
     a, b, m = (read_adapter(tmp_path / name).factors for name in "abm")
     name = next(iter(m))
     import torch

@@ -13,8 +13,19 @@ from random_adapters import random_adapter
 
 from flowopd_eval.adapters import merge_adapters, read_adapter, write_adapter
 from flowopd_eval.errors import RequestError
-from flowopd_eval.models import FAMILIES, MERGE, Backbone, fetch_base, folder_sha256, load_adapter, resolve
-from flowopd_eval.records import SD35_RECORD, SamplingRecord
+from flowopd_eval.models import (
+    FAMILIES,
+    MERGE,
+    TINY_RECORD,
+    Backbone,
+    adapter_settings,
+    fetch_base,
+    folder_sha256,
+    load_adapter,
+    pass_on_settings,
+    resolve,
+)
+from flowopd_eval.records import SD35_RECORD, SamplingRecord, write_settings
 
 
 def test_names_of_record():
@@ -31,6 +42,38 @@ def test_a_lora_goes_on_a_base_only():
     assert resolve("tiny:base", "some/lora").name == "tiny:base+lora"
     with pytest.raises(RequestError, match=r"adapter of its own.*flow-opd:base"):
         resolve("flow-opd:ocr", "some/lora")
+
+
+@pytest.mark.parametrize(("made_for", "guidance"), [("tiny:base", 1.5), ("flow-opd:base", 4.5), (None, 4.5)])
+def test_a_lora_made_for_its_base_is_drawn_by_its_own_record(tmp_path, made_for, guidance):
+    """A pipeline's record, or one of another backbone, is none of an adapter on this one."""
+    settings = {"record": asdict(replace(TINY_RECORD, guidance=1.5))} | ({"adapter_of": made_for} if made_for else {})
+    (tmp_path / "flow_opd.json").write_text(json.dumps(settings))
+    spec = resolve("tiny:base", str(tmp_path))
+    assert spec.record == replace(TINY_RECORD, guidance=guidance)
+    assert resolve("tiny:base").record == TINY_RECORD
+
+
+def adapter_with(folder, guidance):
+    """A folder with nothing but the record of an adapter of the miniature."""
+    folder.mkdir()
+    write_settings(folder, adapter_settings("tiny:base", replace(TINY_RECORD, guidance=guidance)))
+    return str(folder)
+
+
+def test_what_is_made_of_adapters_keeps_the_record_they_share(tmp_path):
+    one, two, other = (adapter_with(tmp_path / name, g) for name, g in (("one", 1.0), ("two", 1.0), ("other", 2.0)))
+    made = tmp_path / "made"
+    made.mkdir()
+    silent = tmp_path / "silent"
+    silent.mkdir()
+    for sources, guidance in (
+        ([one, two], 1.0), ([one, other], None), ([one], 1.0), ([one, str(silent)], None),
+        (["tiny:geneval", "tiny:ocr", one], 1.0), ([str(silent)], None), (["tiny:geneval", other], None),
+    ):  # fmt: skip
+        record = pass_on_settings(sources, made)
+        assert (record and record.guidance) == guidance
+        assert resolve("tiny:base", str(made)).record.guidance == (guidance or 4.5)
 
 
 def test_a_merge_is_the_exact_mean_of_its_sources(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from PIL import Image
 from flowopd_eval.adapters import read_adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.flow import shifted_sigmas
+from flowopd_eval.models import TINY_RECORD, resolve
 from flowopd_eval.pipeline import FlowOPDPipeline, draw_noise
 from training.__main__ import main
 from training.coldstart import SFT
@@ -550,6 +552,19 @@ def test_a_prompt_of_two_tasks_is_shown_with_the_first_ones_teacher(tiny, tmp_pa
     config = tiny.recipe("distill", tmp_path, tasks=tasks, strip_prompts=2)
     shown = strip_prompts(config, {task.name: task_prompts(task) for task in config.tasks})
     assert list(shown.values()) == [first["teacher"]] * 2
+
+
+@pytest.mark.parametrize("guidance", [1.5, None])
+def test_a_student_of_a_known_base_says_how_it_is_drawn(tiny, tmp_path, guidance):
+    teachers = {"one": {"source": "tiny:geneval"}, "two": {"source": "tiny:ocr"}}
+    changes = {"base": "tiny:base", "teachers": teachers, "lora": {"rank": 4, "alpha": 8}, "steps": 1, "batch_size": 2}
+    rollout = {"steps": 1} | ({"guidance": guidance} if guidance else {})
+    adapter = str(run(tiny, "direct", tmp_path, rollout=rollout, snapshot_every=1, **changes))
+    record = replace(TINY_RECORD, guidance=guidance or TINY_RECORD.guidance)
+    assert resolve(adapter).record == record
+    assert (resolve(adapter).base, resolve(adapter).adapter) == (resolve("tiny:base").base, adapter)
+    assert resolve("tiny:base", adapter).record == record
+    assert resolve(str(tmp_path / "snapshots" / "step-000001")).record == record
 
 
 def test_a_strip_shows_base_teacher_and_student(tiny, tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 from flowopd_eval.adapters import merge_adapters, write_adapter
 from flowopd_eval.errors import RequestError
 from flowopd_eval.flow import ode_step, shifted_sigmas
+from flowopd_eval.models import pass_on_settings
 from flowopd_eval.pipeline import draw_noise
 from training.config import MergeConfig, SFTConfig
 from training.data import Mixture, Sample, Text
@@ -163,6 +164,7 @@ def merge(config: MergeConfig, out: Path) -> Path:
         weighted.append((adapter, weight))
     merged, report = merge_adapters(weighted, config.rank, config.method)
     write_adapter(merged, out / "adapter", base_model=config.base)
+    pass_on_settings(list(config.teachers), out / "adapter")
     found = {"sources": [a.source for a, _ in weighted], "sha256": [a.sha256 for a, _ in weighted], **asdict(report)}
     (out / "merge.json").write_text(json.dumps({"recipe": config.model_dump(), **found}, indent=2) + "\n")
     print(f"Cut off: {report.discarded_energy:.2%} of the mean's energy. Cosines between the teachers' changes:")

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,9 @@ from torch import Tensor
 
 from flowopd_eval.adapters import Adapter, write_adapter
 from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.models import FAMILIES, adapter_settings
 from flowopd_eval.prompts import prompts_sha256
+from flowopd_eval.records import write_settings
 from flowopd_eval.store import differences, provenance
 from training.config import GRPOConfig, Trained
 from training.data import Mixture, Prompts, Sample, task_prompts
@@ -211,6 +214,9 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     def export(step: int, folder: Path) -> None:
         weights = averaged_weights(ema, parameters, step, o.ema_every)
         write_adapter(student_with(policies, weights, parameters), folder, base_model=config.base)
+        if policies.name.partition(":")[0] in FAMILIES:  # else nothing would find the backbone by its name
+            record = replace(policies.record, guidance=policies.guidance)
+            write_settings(folder, adapter_settings(policies.name, record))
 
     def save(step: int) -> None:
         if accelerator.is_main_process:

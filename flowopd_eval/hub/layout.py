@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from flowopd_eval.hub.licences import licence_files, licence_texts
 from flowopd_eval.hub.repository import CARD, Content, Repository, json_bytes, without_addresses, without_paths
 from flowopd_eval.hub.results import Results, claims_jsonl, read_results
 from flowopd_eval.hub.subject import RECIPE, Subject, Upstream
+from flowopd_eval.models import adapter_settings
 from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 
 METRICS, CLAIMS, SHEET, PROVENANCE = "metrics.json", "samples.jsonl", "samples.png", "provenance.json"
@@ -57,7 +57,7 @@ def adapter_repository(subject: Subject, runs: Sequence[Path], name: str, scratc
     hub_base = subject.family.base.removeprefix("hub:") if subject.family.base.startswith("hub:") else None
     write_adapter(subject.adapter, scratch, base_model=hub_base)
     files: dict[str, Content] = {file: scratch / file for file in WEIGHTS}
-    files[SETTINGS_FILE] = json_bytes({"adapter_of": subject.base, "record": asdict(record)})
+    files[SETTINGS_FILE] = json_bytes(adapter_settings(subject.base, record))
     if results.summaries:
         metrics = {"schema": store.SCHEMA, "adapter_sha256": subject.adapter.sha256}
         files[METRICS] = json_bytes(metrics | {"metrics": without_addresses(without_paths(results.summaries))})
