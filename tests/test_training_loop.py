@@ -454,6 +454,8 @@ def by_command(tiny, kind, out, changes):
         pytest.param("grpo", by_fork, {}, marks=forked),
         pytest.param("grpo", by_fork, {"updates": 2}, marks=forked),
         pytest.param("nft", by_fork, {"guidance": 3.0}, marks=forked),
+        pytest.param("policy_gradient", by_fork, {}, marks=forked),
+        pytest.param("sft", by_fork, {}, marks=forked),
         *(pytest.param(kind, by_command, {}, marks=pytest.mark.slow) for kind in STAGES),
     ],
 )
