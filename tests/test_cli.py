@@ -1,6 +1,7 @@
 """The command as a user gives it: exit codes, what is said where, and what is on the disk."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -205,14 +206,15 @@ def test_killed_five_times_the_miniature_ends_with_the_same_bytes(tmp_path):
     assert whole == killed
 
 
-@pytest.mark.slow
 def test_two_processes_of_a_launch_make_one_run(tmp_path):
     words = ["-m", "flowopd_eval", "--bench", "geneval", "--limit", "2", "--steps", "2", "--batch-size", "4"]
     alone = [sys.executable, *words, "--out", str(tmp_path / "alone")]
-    subprocess.run(alone, check=True, stderr=subprocess.DEVNULL)
+    # the launcher gives each process one thread; two would sum up in another order
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(alone, check=True, stderr=subprocess.DEVNULL, env=one_thread)
     # what `accelerate launch` starts where there are several cards; without any it would start one process
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *words]
-    result = subprocess.run([*launch, "--out", str(tmp_path / "both")], capture_output=True, text=True)
+    result = subprocess.run([*launch, "--out", str(tmp_path / "both")], capture_output=True, text=True, env=one_thread)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Report:") == 1
     for name in ("samples.jsonl", "summary.json"):
