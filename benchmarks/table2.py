@@ -13,7 +13,7 @@ lie under ``runs/table2/train/ARM/adapter``.
 
 ``modes`` trains Flow-OPD (merge) with each mode that saves work or memory, ``long`` with :data:`BUDGET` samples; both
 train anew what that is held against, since processors of another kind round otherwise, so that all must be of one
-machine. Each writes its own ``benchmarks/results/table2-PART.json``, and no table.
+machine. Each writes its own ``benchmarks/results/table2-PART.json``, ``long`` also ``docs/table2-long.png``.
 """
 
 from __future__ import annotations
@@ -416,6 +416,8 @@ def part(name: str) -> None:
         seen = hopes(results, hoped)
         path = RESULTS.with_name(f"table2-{name}.json")
         path.write_text(json.dumps({"arms": results, "hopes": seen}, indent=2) + "\n")
+    if sum(bool(found.get("curve")) for found in results.values()) > 1:
+        plot(results, Path(f"docs/table2-{name}.png"))
     print(markdown(results), hopes_table(seen), sep="\n")
 
 
