@@ -177,7 +177,7 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
         full = f"{family_name}:{member_name}"
         own = settings_of(lora) if lora else {}
         return ModelSpec(
-            f"{full}+{Path(lora).name}" if lora else full,
+            f"{full}+{short_name(lora)}" if lora else full,
             family.base,
             lora or member.adapter,
             record_of(own, str(lora)) if own.get("adapter_of") == full else member.record(family.record),
@@ -185,17 +185,31 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
             family.about if member.adapter is None else member.about,
         )
     if name.startswith("hub:") or Path(name).is_dir() or is_userfile(name):
-        label = f"{name}+{Path(lora).name}" if lora else name
-        short = label if name.startswith("hub:") else Path(label).name
+        added = f"+{short_name(lora)}" if lora else ""
+        short = (name if name.startswith("hub:") else short_name(name)) + added
         settings = {} if is_userfile(name) else settings_of(name)
         if "adapter_of" in settings:
             return _published(name, settings, lora)
         record = record_of(settings, name) if settings else SD35_RECORD
-        return ModelSpec(short, name, lora, record, ANYTHING, label)
+        return ModelSpec(short, name, lora, record, ANYTHING, f"{name}{added}")
     raise RequestError(
         f"Unknown model {name!r}: neither a known name ({', '.join(FAMILIES)}), nor a folder, nor hub:REPO@REVISION, "
         "nor a function FILE.py:NAME. `flowopd-eval models` lists the known names."
     )
+
+
+def short_name(source: str) -> str:
+    """What a folder, file or repository is called in tables: its name, or that of the training run that it lies in.
+
+    ``runs/mine/adapter`` is ``mine``, ``runs/mine/snapshots/step-000010`` is ``mine/step-000010``.
+    """
+    path = Path(source)
+    if source.startswith("hub:") or is_userfile(source):
+        return path.name
+    path = path.resolve()
+    if path.name == "adapter":
+        return path.parent.name or path.name
+    return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "snapshots" else path.name
 
 
 def own_record(source: str) -> SamplingRecord | None:
@@ -247,7 +261,7 @@ def _published(source: str, settings: Mapping[str, Any], lora: str | None) -> Mo
         raise RequestError(f"{source} names the backbone {base!r}; known are {', '.join(FAMILIES)}, with :base.")
     if lora:
         raise RequestError(f"{source} is an adapter itself; use --lora with {base}.")
-    short = source if source.startswith("hub:") else Path(source).name
+    short = source if source.startswith("hub:") else short_name(source)
     about = f"{short}, an adapter of {base}"
     return replace(resolve(base, source), name=short, record=record_of(settings, source), about=about)
 

@@ -24,6 +24,7 @@ from flowopd_eval.models import (
     load_adapter,
     pass_on_settings,
     resolve,
+    short_name,
 )
 from flowopd_eval.records import SD35_RECORD, SamplingRecord, write_settings
 
@@ -52,6 +53,21 @@ def test_a_lora_made_for_its_base_is_drawn_by_its_own_record(tmp_path, made_for,
     spec = resolve("tiny:base", str(tmp_path))
     assert spec.record == replace(TINY_RECORD, guidance=guidance)
     assert resolve("tiny:base").record == TINY_RECORD
+
+
+def test_students_of_several_runs_have_several_names(tmp_path):
+    """All of them lie in a folder called adapter."""
+    adapter = "runs/a/adapter"
+    assert resolve("tiny:base", adapter).name == "tiny:base+a"
+    assert resolve("tiny:base", "runs/a/snapshots/step-000010").name == "tiny:base+a/step-000010"
+    assert resolve("tiny:base", "runs/a/snapshots/step-000010").slug == "tiny-base-a-step-000010"
+    assert short_name("hub:team/adapter@v1") == "adapter@v1"
+    for run in "ab":
+        folder = tmp_path / run / "adapter"
+        folder.mkdir(parents=True)
+        write_settings(folder, adapter_settings("tiny:base", TINY_RECORD))
+        assert resolve(str(folder)).name == run
+    assert resolve(str(tmp_path)).name == tmp_path.name
 
 
 def adapter_with(folder, guidance):
