@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the work failed or was stopped, 2 the request was wrong.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Annotated
 import typer
 
 from flowopd_eval.errors import RequestError, Unavailable, WorkError
-from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of, refuse_unjudged
+from flowopd_eval.job import Settings, device_of, draw, judge_of, protocol_of, refuse_protocol, refuse_unjudged
 from flowopd_eval.publishing_cli import push, verify
 from flowopd_eval.records import SETTINGS_FILE, SamplingRecord
 from flowopd_eval.terminal import conclude, progress_bar, status
@@ -204,7 +205,8 @@ def score(
 ) -> None:
     """Judge pictures that exist: those of a run that have no score yet, or any folder in GenEval's layout.
 
-    With another judge or protocol than the run's, all of its pictures are judged, and their scores replaced.
+    With another judge or protocol than the run's, named by an option, all of its pictures are judged, and their scores
+    replaced; --protocol is for the benches that have it, the others keep theirs.
     Of a results.jsonl of GenEval's own, the numbers with intervals, and each verdict replayed from its boxes.
     """
     from flowopd_eval import harness, rescore, store
@@ -229,30 +231,38 @@ def score(
     else:
         kind = bench_by_key(bench or "geneval")
         judge = judge_of([kind.flag], *said)
+        refuse_protocol([kind], protocol)
         scorer_of(kind, protocol_of(kind, protocol), judge).identity()  # first: it may lack something
         out = out or Path("runs") / f"score-{folder.resolve().name}"
         run = harness.BenchRun(
             kind.flag, kind.key, kind.version, tuple(kind.prompts()), None, correct_at=kind.correct_at
         )
         folders = [rescore.import_geneval(folder, out, run, model=model or "unknown")]
+    refuse_protocol([bench_by_key(entry.request()["key"]) for entry in folders], protocol)
+    named = protocol or again or ocr_engine != "rapidocr" or any([judge_url, metric, scorer, scorer_command])
     lacking: dict[str, str | None] = {}
+    todo = []  # every judge is there before the first score is touched
     for entry in folders:
         request = entry.request()
         kind = bench_by_key(request["key"])
         recorded = (request["scorer"] or {}).get("protocol")
-        own = recorded.get("name") if isinstance(recorded, dict) and not protocol else protocol
+        own = recorded.get("name") if isinstance(recorded, dict) else None
         try:
-            chosen = scorer_of(kind, protocol_of(kind, own), judge)
-            with progress_bar() as progress:
-                rescore.rescore(entry, chosen, again=again, metrics=metrics_of(kind), progress=progress)
+            chosen = scorer_of(kind, protocol if protocol in kind.protocols else protocol_of(kind, own), judge)
+            if not named:
+                rescore.refuse_another(entry, chosen)
+            todo.append((entry, kind, chosen))
             lacking[kind.key] = None
         except Unavailable as error:
             lacking[kind.key] = str(error)
     if all(lacking.values()):
         raise Unavailable("\n".join(filter(None, lacking.values())))
+    for entry, kind, chosen in todo:
+        with progress_bar() as progress:
+            rescore.rescore(entry, chosen, again=again, metrics=metrics_of(kind), progress=progress)
     store.note_unavailable(out, lacking)
     conclude(out)
-    refuse_unjudged(out)
+    refuse_unjudged([entry for entry, _, _ in todo])
 
 
 def _replay(path: Path) -> None:
@@ -523,6 +533,9 @@ def run() -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="flowopd-eval: %(message)s")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still gets the table
     try:
         app()
     except RequestError as error:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flowopd_eval.harness import BenchRun
     from flowopd_eval.models import ModelSpec
     from flowopd_eval.records import Prompt, SamplingRecord
-    from flowopd_eval.store import Shard
+    from flowopd_eval.store import BenchFolder, Shard
 
 _log = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ def draw(settings: Settings, *, score: bool) -> None:
     device = device_of(settings.device)
     by_base = {spec.base: [other for other in specs if other.base == spec.base] for spec in specs}
     opened = {base: open_models(base, mine, device, settings.dtype) for base, mine in by_base.items()}
+    refuse_protocol([bench for _, bench in work], settings.protocol)
+    _refuse_equal_folders(work)
     plans, lacking = _plans(settings, work, score=score)
     shard = _shard(settings.shard)
     if settings.out is None and shard.count > 1:
@@ -83,34 +85,44 @@ def draw(settings: Settings, *, score: bool) -> None:
             models.load()
         for spec, run in plans:
             if spec.base == base:
+                _warn_of_cut(models.cut(run.prompts), spec.name)
                 generator = models.generator(spec, _record(settings, models.record(spec)))
                 with progress_bar() as progress:
                     harness.run_bench(run, generator, out, shard=shard, note=note, progress=progress)
     store.note_unavailable(out, lacking)
-    if settings.shard is None and shard.count > 1 and not _last_of_the_launch(out, shard):
+    folders = [store.BenchFolder.of(out, spec.name, run.bench) for spec, run in plans]
+    if settings.shard is None and shard.count > 1 and not _last_of_the_launch(folders, shard):
         return
     conclude(out)
     if score:
-        refuse_unjudged(out)
+        refuse_unjudged(folders)
     if PAPER in settings.benches:
         _beside_the_paper(out)
 
 
-def refuse_unjudged(out: Path) -> None:
-    """Raises ``WorkError`` for a run whose judges gave not a single score: whoever asked for scores has none."""
+def _warn_of_cut(prompts: Sequence[Prompt], name: str) -> None:
+    if prompts:
+        which = ", ".join(prompt.id for prompt in prompts[:5]) + (" …" if len(prompts) > 5 else "")
+        _log.warning(
+            "%d of the prompts are longer than the text encoders of %s take, which see only their beginnings: %s.",
+            len(prompts), name, which,
+        )  # fmt: skip
+
+
+def refuse_unjudged(folders: Sequence[BenchFolder]) -> None:
+    """Raises ``WorkError`` where a judge gave not a single score: whoever asked for its scores has none."""
     from flowopd_eval import store
 
-    models = json.loads((out / "summary.json").read_bytes())["models"].values()
-    summaries = [summary for benches in models for summary in benches.values()]
-    if any(summary["n"] for summary in summaries) or not any(summary["unscored"] for summary in summaries):
-        return
-    every = (sample for folder in store.bench_folders(out) for path in folder.journals()
-             for sample in store.read_samples(path))  # fmt: skip
-    why = next((sample.error for sample in every if sample.error), "no reason was given")
-    raise WorkError(
-        f"Not one picture could be judged. The first: {why}. The pictures are kept; once that is mended, "
-        f"`flowopd-eval score {out}` judges them."
-    )
+    for folder in folders:
+        summary = json.loads((folder.path / "summary.json").read_bytes())
+        if summary["n"] or not summary["unscored"]:
+            continue
+        every = (sample for path in folder.journals() for sample in store.read_samples(path))
+        why = next((sample.error for sample in every if sample.error), "no reason was given")
+        raise WorkError(
+            f"Not one picture of {folder.entry} could be judged. The first: {why}. The pictures are kept; once that is "
+            f"mended, `flowopd-eval score {folder.out}` judges them."
+        )
 
 
 def _beside_the_paper(out: Path) -> None:
@@ -160,7 +172,7 @@ def _bench_run(settings: Settings, bench: Bench, spec: ModelSpec, *, score: bool
     if settings.prompts:
         refuse_unscreened(settings.prompts)
     prompts = read_prompts(settings.prompts, task=bench.flag) if settings.prompts else bench.prompts()
-    chosen, partial = _choose(prompts, settings.tasks, settings.limit)
+    chosen, partial = _choose(bench.flag, prompts, settings.tasks, settings.limit)
     if bench.flag not in settings.judge.own:  # which may know other words, and need other fields
         for prompt in chosen:
             bench.check(prompt)
@@ -198,7 +210,7 @@ def _are_of(bench: Bench, prompts: Sequence[Prompt]) -> bool:
 
     try:
         return prompts_sha256(prompts) == prompts_sha256(bench.prompts())
-    except RequestError:
+    except (RequestError, WorkError):
         return False
 
 
@@ -229,9 +241,10 @@ def judge_of(
 
 
 def _by_bench(option: str, values: Sequence[str] | None, benches: Sequence[str]) -> dict[str, str]:
-    """``BENCH=VALUE``, or a value alone where one bench is asked for, as bench -> value."""
-    from flowopd_eval.benches import PAPER_FLAGS, flags_for
+    """``BENCH=VALUE``, or a value alone where one bench is asked for, as flag -> value; BENCH may be a key."""
+    from flowopd_eval.benches import BENCHES, PAPER_FLAGS, flags_for
 
+    of_key = {bench.key: bench.flag for bench in BENCHES}
     found: dict[str, str] = {}
     flags = list(dict.fromkeys(flag for objects in PAPER_FLAGS for flag in flags_for(benches, objects)))
     for value in values or ():
@@ -240,20 +253,32 @@ def _by_bench(option: str, values: Sequence[str] | None, benches: Sequence[str])
             if len(flags) > 1:
                 raise RequestError(f"{option} {value}: say which bench it judges, as in {option} '{flags[0]}={value}'.")
             flag, rest = flags[0], value
+        flag = of_key.get(flag, flag)
         if flag in found:
             raise RequestError(f"{option}: {flag} was given two judges, {found[flag]!r} and {rest!r}.")
         found[flag] = rest
     return found
 
 
+def refuse_protocol(benches: Sequence[Bench], wanted: str | None) -> None:
+    """Raises ``RequestError`` for a protocol that none of ``benches`` has."""
+    if wanted and not any(wanted in bench.protocols for bench in benches):
+        raise RequestError(
+            " ".join(
+                f"Bench {flag} has no protocol {wanted!r}; it has: {', '.join(protocols)}."
+                for flag, protocols in dict.fromkeys((bench.flag, bench.protocols) for bench in benches)
+            )
+        )
+
+
 def protocol_of(bench: Bench, wanted: str | None) -> str:
-    protocol = wanted or bench.protocols[0]
-    if protocol not in bench.protocols:
-        raise RequestError(f"Bench {bench.flag} has no protocol {protocol!r}; it has: {', '.join(bench.protocols)}.")
-    return protocol
+    """The protocol ``wanted`` where the bench has it, else its first: a protocol is that of some benches of a run."""
+    return wanted if wanted in bench.protocols else bench.protocols[0]
 
 
-def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> tuple[list[Prompt], str | None]:
+def _choose(
+    flag: str, prompts: Sequence[Prompt], tasks: str | None, limit: int | None
+) -> tuple[list[Prompt], str | None]:
     """The prompts that --tasks and --limit leave, and in words why they are not all."""
     chosen, why = list(prompts), []
     if tasks:
@@ -261,7 +286,7 @@ def _choose(prompts: Sequence[Prompt], tasks: str | None, limit: int | None) -> 
         known = dict.fromkeys(prompt.task for prompt in prompts)
         for task in wanted:
             if task not in known:
-                raise RequestError(f"--tasks: there is no task {task!r} here; there are: {', '.join(known)}.")
+                raise RequestError(f"--tasks: {flag} has no task {task!r}; there are: {', '.join(known)}.")
         chosen = [prompt for prompt in chosen if prompt.task in wanted]
         why.append(f"--tasks {','.join(wanted)}")
     if limit:
@@ -295,20 +320,19 @@ def _shard(text: str | None) -> Shard:
 
     if text is not None:
         return Shard.parse(text)
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return Shard(int(os.environ["RANK"]), count) if count > 1 else WHOLE
+    count, rank = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK")
+    return Shard(int(rank), count) if count > 1 and rank else WHOLE
 
 
-def _last_of_the_launch(out: Path, shard: Shard) -> bool:
+def _last_of_the_launch(folders: Sequence[BenchFolder], shard: Shard) -> bool:
     """Whether this process of a launch is the one that concludes: the first, once the others are done."""
     import time
 
-    from flowopd_eval import store
     from flowopd_eval.harness import collect
 
     if shard.index > 0:
         return False
-    while any(collect(folder)[1] for folder in store.bench_folders(out)):
+    while any(collect(folder)[1] for folder in folders):
         time.sleep(1)  # a process that fails is ended by the launcher, and this one with it
     return True
 
@@ -329,9 +353,20 @@ def device_of(name: str | None) -> str:
 
 
 def _note(specs: Sequence[ModelSpec]) -> str:
-    if all(spec.base == "builtin:tiny" for spec in specs):
-        return "Evaluated: the built-in miniature, not SD3.5. Its scores compare with nothing but the miniature's own."
-    return "\n".join(f"Evaluated: {spec.name} ({spec.about})." for spec in specs)
+    tiny = "Evaluated: the built-in miniature, not SD3.5. Its scores compare with nothing but the miniature's own."
+    said = [tiny if spec.base == "builtin:tiny" else f"Evaluated: {spec.name} ({spec.about})." for spec in specs]
+    return "\n".join(dict.fromkeys(said))
+
+
+def _refuse_equal_folders(work: Sequence[tuple[ModelSpec, Bench]]) -> None:
+    """Raises ``RequestError`` for two benches of a model that would draw into one folder."""
+    seen: dict[tuple[str, str], Bench] = {}
+    for spec, bench in work:
+        other = seen.setdefault((spec.name, bench.flag), bench)
+        if other.key != bench.key:
+            raise RequestError(
+                f"{other.key} and {bench.key} of {spec.name} would lie in one folder: draw them into an --out each."
+            )
 
 
 def _refuse_equal_names(specs: Sequence[ModelSpec]) -> None:

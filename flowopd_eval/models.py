@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -322,7 +323,7 @@ class Backbone:
         if dtype is None and len(dtypes) > 1:
             said = ", ".join(f"{name} in {dtype}" for dtype, name in dtypes.items())
             raise RequestError(f"One backbone has one dtype, but {said}: give --dtype, or one model a run.")
-        self.folder = fetch_base(base)
+        self.base, self.folder = base, fetch_base(base)
         self.specs = list(specs)
         self.device = device
         self.dtype = dtype or specs[0].record.dtype
@@ -333,6 +334,15 @@ class Backbone:
                 f"as Stable Diffusion 3.5 Medium is, with {SD35_RECORD.steps} steps, guidance {SD35_RECORD.guidance:g} "
                 f"and {SD35_RECORD.width}x{SD35_RECORD.height} pixels."
             )
+        scheduler = self.folder / "scheduler" / "scheduler_config.json"
+        shift = json.loads(scheduler.read_bytes()).get("shift") if scheduler.is_file() else None
+        self.shift = specs[0].record.shift if shift is None else float(shift)
+        for spec in () if self.notice else specs:
+            if spec.record.shift != self.shift:
+                raise RequestError(
+                    f"{spec.name} is to be drawn with shift {spec.record.shift:g}, as its {SETTINGS_FILE} says, but "
+                    f"the scheduler of {base} has {self.shift:g}: correct the one that is wrong."
+                )
 
     @cached_property
     def sha256(self) -> str:
@@ -349,13 +359,19 @@ class Backbone:
 
             from flowopd_eval.pipeline import FlowOPDPipeline
 
-            pipeline = FlowOPDPipeline.from_pretrained(
-                self.folder,
-                experts={spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter},
-                guidance={spec.name: spec.record.guidance for spec in self.specs if spec.adapter},
-                record=self.specs[0].record,
-                dtype=getattr(torch, self.dtype),
-            )
+            experts = {spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter}
+            record = next((spec.record for spec in self.specs if not spec.adapter), self.specs[0].record)
+            try:
+                pipeline = FlowOPDPipeline.from_pretrained(
+                    self.folder,
+                    experts=experts,
+                    guidance={spec.name: spec.record.guidance for spec in self.specs if spec.adapter},
+                    record=replace(record, shift=self.shift),
+                    dtype=getattr(torch, self.dtype),
+                    use_safetensors=True,  # pickles are neither opened nor hashed
+                )
+            except OSError as error:
+                raise RequestError(f"{self.base} cannot be loaded, all of it from safetensors: {error}") from error
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -369,7 +385,14 @@ class Backbone:
 
     def generator(self, spec: ModelSpec, record: SamplingRecord) -> ModelGenerator:
         """What draws with ``spec`` by ``record``."""
-        return ModelGenerator(self, spec, replace(record, dtype=self.dtype))
+        return ModelGenerator(self, spec, replace(record, dtype=self.dtype, shift=self.shift))
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those of ``prompts`` whose end no text encoder sees."""
+        from flowopd_eval.pipeline import longer_than_all
+
+        limits = self.pipeline.text_limits
+        return [prompt for prompt in prompts if longer_than_all(prompt.prompt, limits)]
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ class Models(Protocol):
     def record(self, spec: ModelSpec) -> SamplingRecord:
         """The record ``spec`` is drawn with unless told otherwise."""
 
+    def cut(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those of ``prompts`` whose end no text encoder sees, as far as that is known."""
+
     def generator(self, spec: ModelSpec, record: SamplingRecord) -> Generator:
         """What draws with ``spec`` by ``record``."""
 
@@ -130,6 +133,15 @@ class DiffusersModel:
                 _load_lora(pipeline, self.lora[0])
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Those of ``prompts`` that have more tokens than each of the pipeline's tokenizers says that it takes."""
+        from flowopd_eval.pipeline import longer_than_all
+
+        parts = self.pipeline.components.items()
+        found = [part for name, part in parts if name.startswith("tokenizer") and hasattr(part, "model_max_length")]
+        limits = [(tokenizer, tokenizer.model_max_length) for tokenizer in found]
+        return [prompt for prompt in prompts if longer_than_all(prompt.prompt, limits)]
 
     def record(self, spec: ModelSpec) -> SamplingRecord:
         """The pipeline's own defaults; ``sampler`` is its scheduler's class.
@@ -283,6 +295,10 @@ class PythonModel:
     def record(self, spec: ModelSpec) -> SamplingRecord:
         """Nothing is known of it, and nothing is passed on."""
         return SamplingRecord(0, 0, 0, 0, 0, 0, sampler="own", dtype="own")
+
+    def cut(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """None: nothing is known of it."""
+        return []
 
     def generator(self, spec: ModelSpec, record: SamplingRecord) -> PythonGenerator:
         """Raises ``RequestError`` for settings that would not reach it."""

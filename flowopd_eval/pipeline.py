@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -22,6 +22,7 @@ from flowopd_eval.records import SD35_RECORD, SamplingRecord, read_settings, rec
 logger = logging.getLogger(__name__)
 
 EXPERTS_FOLDER = "experts"
+TextLimit: TypeAlias = tuple[Any, int]  # a tokenizer, and how many of its tokens the text encoder takes
 
 
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> torch.Tensor:
@@ -136,6 +137,14 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
         """The adapter of an expert, scale baked in."""
         self._check_expert(expert)
         return self._adapters[expert]
+
+    @property
+    def text_limits(self) -> list[TextLimit]:
+        """Each text encoder's tokenizer, and how many tokens it takes."""
+        limits = [(t, t.model_max_length) for t in (self.tokenizer, self.tokenizer_2) if t is not None]
+        if self.tokenizer_3 is not None and self.record.text_length:
+            limits.append((self.tokenizer_3, self.record.text_length))
+        return limits
 
     def _check_expert(self, expert: str | None) -> None:
         if expert is not None and expert not in self._adapters:
@@ -288,6 +297,15 @@ class FlowOPDPipeline(StableDiffusion3Pipeline):
             write_adapter(adapter, folder / EXPERTS_FOLDER / name)
         settings = {"record": asdict(self.record), "experts": list(self.experts), "guidance": self._scales}
         write_settings(folder, settings)
+
+
+def longer_than_all(text: str, limits: Sequence[TextLimit]) -> bool:
+    """Whether ``text`` has more tokens than each tokenizer's number, so that its end is not drawn."""
+    size = len(text.encode()) + 2  # no text has more tokens: most need not be split into them
+    return bool(limits) and all(
+        size > most and len(tokenizer(text, truncation=False, verbose=False).input_ids) > most
+        for tokenizer, most in limits
+    )
 
 
 @lru_cache(maxsize=256)

@@ -60,7 +60,7 @@ def read_prompts(path: str | Path, task: str = "preference") -> list[Prompt]:
 
     A line without an id gets one made from its content, so that it is the same in whatever order the file stands; when
     such a line stands there several times (the public DrawBench and GenEval lists repeat theirs, one line a picture),
-    it is one prompt.
+    it is one prompt. Lines of GenEval's official file have the ids of :func:`official_geneval`.
 
     Raises:
         RequestError: with the file and line, for a line that is no JSON object, lacks a key, has an empty text or
@@ -76,12 +76,13 @@ def read_prompts(path: str | Path, task: str = "preference") -> list[Prompt]:
     lines = [(f"{path}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise RequestError(f"{path} holds no prompt. Expected one prompt or one JSON object a line.")
+    official = hashlib.md5(text.encode(), usedforsecurity=False).hexdigest() == GENEVAL_MD5
     prompts: dict[str, Prompt] = {}
     for place, line in lines:
         prompt = Prompt("", line, task) if path.suffix == ".txt" else _json_line(line, place)
         if prompt.id in prompts:
             raise RequestError(f"{place}: the id {prompt.id!r} stands already on an earlier line. Ids must be unique.")
-        identity = prompt.id or _content_id(prompt)
+        identity = prompt.id or (f"geneval-{len(prompts):05d}" if official else _content_id(prompt))
         prompts[identity] = replace(prompt, id=identity)
     return list(prompts.values())
 

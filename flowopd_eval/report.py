@@ -104,7 +104,7 @@ def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None =
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for model in summaries:
         table.add_column(_text(model), justify="right", overflow="fold")
     for label, shown in by_judge([summary for benches in summaries.values() for summary in benches.values()]).items():

@@ -70,6 +70,18 @@ def rescore(
     return finish(folder, metrics)
 
 
+def refuse_another(folder: BenchFolder, scorer: Scorer) -> None:
+    """Raises ``RequestError`` where the run has scores of another: they would be replaced unasked."""
+    recorded, identity = folder.request()["scorer"], identity_of(scorer)
+    if recorded not in (None, identity) and any(sample.score is not None for sample in collect(folder)[0]):
+        was, now = (str(one.get("name") or one.get("scorer")) for one in (recorded, identity))
+        differing = "; ".join(store.differences(recorded, identity)[:3])
+        raise RequestError(
+            f"{folder.entry} was judged by {was}, and would be judged by {now} now ({differing}). Name its judge by "
+            "the options with which it was judged, or give --again to replace all of its scores."
+        )
+
+
 def _name_judge(folder: BenchFolder, identity: dict[str, Any] | None) -> None:
     with store.changing_run(folder.out) as run:
         run["runs"][folder.entry]["request"]["scorer"] = identity

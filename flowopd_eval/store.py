@@ -21,7 +21,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -75,7 +77,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` or leave it untouched; on the disk when this returns. Raises ``WorkError``."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # others write it, too
     with _explained(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -314,15 +316,19 @@ class BenchFolder:
         """Holds ``journal`` for this process. Raises ``RequestError`` while another one has it."""
         from filelock import FileLock, Timeout
 
+        lock = FileLock(self.path / f".{journal}.lock", timeout=0)
+        with _explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                raise RequestError(
+                    f"Another process is writing {self.path / journal}: wait for it to end, or give another --out."
+                ) from error
         try:
-            with _explained(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path / f".{journal}.lock", timeout=0):
-                yield
-        except Timeout as error:
-            raise RequestError(
-                f"Another process is writing {self.path / journal}: wait for it to end, or give another --out."
-            ) from error
+            yield
+        finally:
+            lock.release()
 
 
 def prompt_lines(prompts: Sequence[Prompt]) -> bytes:
@@ -371,14 +377,18 @@ def changing_run(out: Path) -> Iterator[dict[str, Any]]:
     """``run.json`` as a dictionary to change, written back at the end; other processes wait meanwhile."""
     from filelock import FileLock
 
+    lock = FileLock(out / ".run.json.lock")
     with _explained(out):
         out.mkdir(parents=True, exist_ok=True)
-    with FileLock(out / ".run.json.lock"):
+        lock.acquire()
+    try:
         run = read_run(out) if (out / "run.json").exists() else {"schema": SCHEMA, "note": "", "runs": {}}
         before = json.dumps(run)
         yield run
         if json.dumps(run) != before:
             write_json(out / "run.json", run)
+    finally:
+        lock.release()
 
 
 def note_unavailable(out: Path, lacking: Mapping[str, str | None]) -> None:
@@ -400,14 +410,17 @@ def bench_folders(out: Path) -> list[BenchFolder]:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions and platform of this session, without names of people, hosts or folders."""
+    """Versions and platform of this session, without names of people, hosts or folders; ``gpu`` is the one in use."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"versions": versions, "platform": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count()}
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_initialized() else None
+    machine = f"{platform.system()} {platform.machine()}"
+    return {"versions": versions, "platform": machine, "cpus": os.cpu_count(), "gpu": gpu}
 
 
 def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flowopd_eval.harness import Progress
+
+_PIPE = 400  # characters of a line that no terminal folds
 
 
 @contextmanager
@@ -39,10 +44,16 @@ def progress_bar() -> Iterator[Progress]:
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
-def conclude(out: Path) -> None:
-    """Table, report, and where everything is."""
+def table_console() -> Console:
+    """The terminal; a file or a pipe takes tables of any width unfolded, unless COLUMNS says how wide it is."""
     from rich.console import Console
 
+    piped = not Console().is_terminal and "COLUMNS" not in os.environ
+    return Console(width=_PIPE if piped else None)
+
+
+def conclude(out: Path) -> None:
+    """Table, report, and where everything is."""
     from flowopd_eval import report as reporting
     from flowopd_eval import store
     from flowopd_eval.benches import BENCHES
@@ -50,7 +61,7 @@ def conclude(out: Path) -> None:
 
     page = reporting.write_report(out, {bench.key: reporting.metrics_of(bench) for bench in BENCHES})
     summary = json.loads((out / "summary.json").read_bytes())  # as the report has just written it
-    Console().print(reporting.terminal_table(summary["models"], summary["unavailable"]))
+    table_console().print(reporting.terminal_table(summary["models"], summary["unavailable"]))
     note = store.read_run(out)["note"]
     lines = [
         note,

@@ -60,12 +60,15 @@ def test_written_prompts_read_back(tmp_path: Path) -> None:
     assert prompts_sha256(read_prompts(path)) == prompts_sha256(prompts)
 
 
-def test_official_metadata_lines_are_read_with_ids_from_their_content(tmp_path: Path) -> None:
-    records = [{"tag": p.task, **p.fields, "prompt": p.prompt} for p in official_geneval()]
-    prompts = read_prompts(write(tmp_path / "evaluation_metadata.jsonl", *records))
-    assert [(p.task, p.prompt, p.fields) for p in prompts] == [(p.task, p.prompt, p.fields) for p in official_geneval()]
-    shuffled = read_prompts(write(tmp_path / "shuffled.jsonl", *records[::-1], *records))  # as in Flow-GRPO's copy
-    assert shuffled == prompts[::-1]
+def test_the_official_metadata_file_holds_the_official_prompts(tmp_path: Path) -> None:
+    """The file itself has the bench's ids, so that it is the bench; lines of copies have ids from their content."""
+    official = official_geneval()
+    records = [{"tag": p.task, **p.fields, "prompt": p.prompt} for p in official]
+    assert read_prompts(write(tmp_path / "evaluation_metadata.jsonl", *records)) == official
+    backwards = read_prompts(write(tmp_path / "backwards.jsonl", *records[::-1]))
+    assert [(p.task, p.prompt, p.fields) for p in backwards] == [(p.task, p.prompt, p.fields) for p in official[::-1]]
+    copied = read_prompts(write(tmp_path / "copied.jsonl", *records, *records[::-1]))  # as in Flow-GRPO's copy
+    assert copied == backwards[::-1]
 
 
 def test_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
