@@ -106,6 +106,8 @@ class Ballot:
 
     def cast(self, ticket: str, choice: str) -> Reveal:
         """Vote on a pair, once. Raises ``RequestError`` for no such pair or choice, or a second vote."""
+        if not (isinstance(ticket, str) and isinstance(choice, str)):
+            raise RequestError("Ticket and choice are texts.")
         if choice not in CHOICES:
             raise RequestError(f"Choice: expected {', '.join(CHOICES)}, but got {choice!r}.")
         with self._connected() as connection:

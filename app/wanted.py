@@ -53,7 +53,7 @@ class Wanted(BaseModel):
         if not isinstance(value, str):
             return value
         text = " ".join(value.split())
-        if unseen := dict.fromkeys(f"U+{ord(one):04X}" for one in text if not one.isprintable()):
+        if unseen := dict.fromkeys(f"U+{ord(one):04X}" for one in text if not _is_seen(one)):
             raise ValueError(f"remove the characters that cannot be seen: {', '.join(list(unseen)[:8])}")
         return text
 
@@ -63,6 +63,11 @@ class Wanted(BaseModel):
         if len(set(value)) < len(value):
             raise ValueError("name each model once")
         return value
+
+
+def _is_seen(one: str) -> bool:
+    """Whether a character shows, or joins those that do, as in Persian words and in emoji of several people."""
+    return one.isprintable() or one in "\u200c\u200d"
 
 
 def wanted(values: Mapping[str, Any]) -> Wanted:

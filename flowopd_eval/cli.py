@@ -459,15 +459,27 @@ def doctor(
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="LoRA: folder, file or hub:REPO@REV.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Backbone it was made for, tiny:base or flow-opd:base: --model OUT knows it."
+        ),
+    ] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha, where the file does not tell it.")] = None,
 ) -> None:
     """Write a LoRA so that it loads at full strength in diffusers, PEFT and ComfyUI."""
     from flowopd_eval.adapters import read_adapter, write_adapter
-    from flowopd_eval.models import pass_on_settings
+    from flowopd_eval.models import base_settings, pass_on_settings
+    from flowopd_eval.records import record_of, write_settings
 
     adapter = read_adapter(source, alpha=alpha)
+    settings = base_settings(base) if base else None
     write_adapter(adapter, out)
+    (out / "recipe.json").unlink(missing_ok=True)  # of another adapter that lay there
     record = pass_on_settings([source], out)
+    if settings:
+        write_settings(out, settings)
+        record = record_of(settings, str(out))
     typer.echo(
         f"{source}: {len(adapter.factors)} modules, rank {adapter.rank}, alpha {adapter.alpha} ({adapter.alpha_from})"
     )
@@ -505,6 +517,10 @@ def merge(
 def _tell_of_record(record: SamplingRecord | None, out: Path) -> None:
     if record:
         typer.echo(f"Drawn with guidance {record.guidance:g} and {record.steps} steps, as {out / SETTINGS_FILE} says.")
+    else:
+        typer.echo(
+            f"Nothing says how it is drawn: --model BASE --lora {out} draws it as the base is, unless --guidance."
+        )
 
 
 def _weighted_source(text: str) -> tuple[str, str, float]:
@@ -556,5 +572,6 @@ def _tell_of_interruption(end: BaseException | None) -> None:
 
 
 def _fail(error: BaseException, code: int) -> None:
-    print(f"flowopd-eval: {error or 'stopped'}", file=sys.stderr)
+    said = str(error) or "Stopped before anything was drawn; the same command begins again."
+    print(f"flowopd-eval: {said}", file=sys.stderr)
     sys.exit(code)

@@ -191,6 +191,14 @@ def resolve(name: str, lora: str | None = None) -> ModelSpec:
         settings = {} if is_userfile(name) else settings_of(name)
         if "adapter_of" in settings:
             return _published(name, settings, lora)
+        if _is_bare_adapter(f"{name}/adapter"):
+            raise RequestError(f"{name} is a run of the training; what it has made is {name}/adapter.")
+        if _is_bare_adapter(name):
+            raise RequestError(
+                f"{name} is an adapter that does not say what it was made for: draw with --model BASE --lora {name}, "
+                f"or give it a record, `flowopd-eval convert {name} --base BASE --out FOLDER`, BASE being tiny:base or "
+                "flow-opd:base."
+            )
         record = record_of(settings, name) if settings else SD35_RECORD
         return ModelSpec(short, name, lora, record, ANYTHING, f"{name}{added}")
     raise RequestError(
@@ -213,16 +221,39 @@ def short_name(source: str) -> str:
     return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "snapshots" else path.name
 
 
+def _is_bare_adapter(source: str) -> bool:
+    """Whether a folder on disk holds a LoRA and no pipeline."""
+    names = ("adapter_config.json", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    folder = Path(source)
+    return not (folder / "model_index.json").is_file() and any((folder / name).is_file() for name in names)
+
+
 def own_record(source: str) -> SamplingRecord | None:
     """The sampling record by which a model of known name, a saved pipeline or a published adapter is meant to be drawn;
     None for one that says nothing of it."""
-    known = source.partition(":")[0] in FAMILIES
-    return resolve(source).record if known or settings_of(source) else None
+    if source.partition(":")[0] in FAMILIES:
+        return resolve(source).record
+    # An adapter named by its file is its folder's.
+    return (
+        resolve(str(Path(source).parent) if Path(source).is_file() else source).record if settings_of(source) else None
+    )
 
 
 def adapter_settings(base: str, record: SamplingRecord) -> dict[str, Any]:
     """What stands in the settings file beside an adapter of ``base`` (``FAMILY:base``) that is drawn by ``record``."""
     return {"adapter_of": base, "record": asdict(record)}
+
+
+def base_settings(base: str) -> dict[str, Any]:
+    """The settings of an adapter of ``base`` of which nothing is known but that: it is drawn as the base is.
+
+    Raises:
+        RequestError: ``base`` is no backbone of known name.
+    """
+    known = [f"{family}:base" for family in FAMILIES]
+    if base not in known:
+        raise RequestError(f"--base {base!r} is no backbone of known name; there are: {', '.join(known)}.")
+    return adapter_settings(base, resolve(base).record)
 
 
 def pass_on_settings(sources: Sequence[str], folder: Path) -> SamplingRecord | None:
@@ -252,6 +283,9 @@ def settings_of(source: str) -> dict[str, Any]:
         RequestError: its file is no JSON object; and as :func:`flowopd_eval.download.fetch_files`.
     """
     folder = fetch_files(source, [SETTINGS_FILE])[0] if source.startswith("hub:") else Path(source)
+    if folder.is_file():  # an adapter's, named itself
+        settings = read_settings(folder.parent, source)
+        return settings if "adapter_of" in settings else {}
     return read_settings(folder, source)
 
 

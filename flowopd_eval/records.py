@@ -125,6 +125,8 @@ SETTINGS_FILE = "flow_opd.json"  # with a pipeline: its sampling record and its 
 SD35_RECORD = SamplingRecord(
     steps=40, guidance=4.5, shift=3.0, width=512, height=512, text_length=128, dtype="bfloat16"
 )
+# What anything is drawn by here: a record may come from a stranger, and fill the memory.
+_DRAWN = {"steps": (1, 1000), "width": (8, 4096), "height": (8, 4096), "text_length": (0, 4096)}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -141,7 +143,7 @@ def read_settings(folder: Path, source: str) -> dict[str, Any]:
         return {}
     try:
         settings = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{SETTINGS_FILE} of {source} is no JSON ({error}): restore it.") from error
     if not isinstance(settings, dict):
         raise RequestError(f"{SETTINGS_FILE} of {source} should hold an object, but holds {type(settings).__name__}.")
@@ -167,10 +169,15 @@ def record_of(settings: Mapping[str, Any], source: str) -> SamplingRecord:
         record = TypeAdapter(SamplingRecord).validate_python(settings["record"])
         if record.dtype not in DTYPES:
             raise ValueError(f"dtype is {record.dtype!r}, and not one of {', '.join(DTYPES)}")
-        if low := [name for name in ("steps", "width", "height") if getattr(record, name) < 1]:
-            raise ValueError(f"{low[0]} is {getattr(record, low[0])}, and not 1 or more")
-        if not (isfinite(record.guidance) and isfinite(record.shift)):
-            raise ValueError(f"guidance {record.guidance} or shift {record.shift} is no finite number")
+        for name, (least, most) in _DRAWN.items():
+            if not least <= getattr(record, name) <= most:
+                raise ValueError(f"{name} is {getattr(record, name)}, and not from {least} to {most}")
+        if record.width % 8 or record.height % 8:
+            raise ValueError(f"{record.width}x{record.height} pixels are not divisible by 8")
+        if not (isfinite(record.guidance) and isfinite(record.shift) and record.shift > 0):
+            raise ValueError(
+                f"guidance {record.guidance} or shift {record.shift} is no finite number, or shift not above 0"
+            )
     except (LookupError, ValueError) as error:
         why = "record is missing" if isinstance(error, LookupError) else " ".join(str(error).split()[:30])
         raise RequestError(

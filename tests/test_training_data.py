@@ -64,6 +64,9 @@ TEXTS = ["a photo of a red circle", 'a sign that says "CAT"', "two stars"]
         ("grpo", "updates=4", "2 micro batches do not make 4 updates"),
         ("grpo", "start=merge", r"there are no \[teachers\]"),
         ("distill", "steps", "--set steps: expected key=value"),
+        ("distill", "optimizer.betas=[1.5,2]", r"betas.*less than 1"),
+        ("distill", "tasks.0.share=inf", r"share.*finite"),
+        ("grpo", "tasks.1.rewards={ocr=0.0}", "nothing is rewarded"),
         ("distill", "tasks.9.share=2", r"tasks\.9\.share"),
         ("distill", "tasks.shapes.share=2", r"tasks\.shapes\.share"),
         ("distill", "tasks.9=2", r"tasks\.9"),
@@ -295,6 +298,15 @@ def test_what_a_recipe_leaves_open_a_teachers_own_record_says(tmp_path, said, ta
     (tmp_path / SETTINGS_FILE).write_text(json.dumps({"adapter_of": "tiny:base", "record": asdict(record)}))
     found = teacher_record(Teacher(source=str(tmp_path), **said), TINY_RECORD)
     assert (found.guidance, found.text_length) == taught
+
+
+def test_the_record_beside_an_adapter_is_its_file_s_too(tmp_path):
+    record = replace(TINY_RECORD, guidance=2.5)
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps({"adapter_of": "tiny:base", "record": asdict(record)}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    assert teacher_record(Teacher(source=str(tmp_path / "adapter_model.safetensors")), TINY_RECORD).guidance == 2.5
+    (tmp_path / SETTINGS_FILE).write_text(json.dumps({"record": asdict(record), "experts": []}))  # a pipeline's
+    assert teacher_record(Teacher(source=str(tmp_path / "adapter_model.safetensors")), TINY_RECORD).guidance == 4.5
 
 
 # --- rewards ---------------------------------------------------------------------------------------------------------

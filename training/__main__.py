@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -25,6 +26,13 @@ from training.config import (
 )
 
 
+def _speed(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected TFLOP/s above 0, but got {text}")
+    return value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
     parser.add_argument("action", nargs="?", choices=["run", "check"], default="run", help="what to do (default: run)")
@@ -33,7 +41,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="refuse to begin where there is nothing to go on from")
     parser.add_argument("--dry-run", action="store_true", help="say what the recipe would cost, without weights")
     parser.add_argument(
-        "--speed", type=float, metavar="TFLOPS", help="effective speed, for the device time of --dry-run"
+        "--speed", type=_speed, metavar="TFLOPS", help="effective speed, for the device time of --dry-run"
     )
     arguments = parser.parse_args()
     try:

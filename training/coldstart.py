@@ -97,8 +97,10 @@ class SFT:
 
     def _wanted(self, rewards: Tensor) -> Tensor:
         """1.0 for pictures (B,) to train on, 0.0 for those whose reward is too low or unknown."""
+        if self.rewards is None:
+            return torch.ones_like(rewards)
         least = self.config.least_reward
-        return torch.ones_like(rewards) if least is None else (rewards >= least).float()
+        return (rewards >= (-torch.inf if least is None else least)).float()  # NaN is not
 
     def _picture(self, index: int) -> tuple[Tensor, Tensor]:
         """Latent (C, H, W) and reward () of a picture; the reward is NaN where none is asked for or known."""

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 ATTENTION = [
     f"attn.{name}"
@@ -19,7 +19,7 @@ ATTENTION = [
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class _Stage(_Part):
@@ -82,6 +82,13 @@ class Task(_Part):
         description="Reward -> weight; needed by `grpo` and `nft`, and by `check` to judge the teacher.",
     )
 
+    @field_validator("rewards")
+    @classmethod
+    def _some_weight(cls, value: dict[str, float]) -> dict[str, float]:
+        if value and not any(value.values()):
+            raise ValueError("all weights are 0, so that nothing is rewarded")
+        return value
+
 
 class Teacher(_Part):
     """One frozen expert: an adapter, or a whole model at the price of a copy of the backbone."""
@@ -113,11 +120,14 @@ class Lora(_Part):
         return self.alpha / self.rank
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimizer(_Part):
     """AdamW with the settings of record, and the weights' moving average."""
 
     learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: float = Field(1e-4, ge=0)
     eps: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -166,8 +167,7 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
         WorkError: an alarm went off, or the run was stopped; what was finished is on the disk.
     """
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    # Precision is the recipe's: what `accelerate config` says of it would reach the student and not the teachers.
-    accelerator = Accelerator(mixed_precision="no", log_with=trackers(config), project_dir=out, kwargs_handlers=[ddp])
+    accelerator = join(config, out, kwargs_handlers=[ddp])
     check_processes(config, accelerator.num_processes)
     out.mkdir(parents=True, exist_ok=True)
     policies = Policies(config, accelerator.device)
@@ -279,6 +279,25 @@ def train(config: Trained, make: MakeStage, out: Path, *, resume: bool = False) 
     return out / "adapter"
 
 
+def join(config: Trained, out: Path, **options: Any) -> Accelerator:
+    """This process among those of its launch; ``options`` are accelerate's.
+
+    Raises:
+        RequestError: it was launched with others, and accelerate knows nothing of them.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without cards, accelerate takes the processes of a launch for strangers unless told that they are on processors.
+    cpu = launched > 1 and not torch.cuda.is_available()
+    # Precision is the recipe's: what `accelerate config` says of it would reach the student and not the teachers.
+    found = Accelerator(cpu=cpu, mixed_precision="no", log_with=trackers(config), project_dir=out, **options)
+    if found.num_processes != launched:
+        raise RequestError(
+            f"This is one of {launched} processes of a launch, but accelerate found {found.num_processes}: they would "
+            f"overwrite each other's work in {out}. Launch with `accelerate launch` or `torchrun`."
+        )
+    return found
+
+
 def learning_rates(config: Trained, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     """The recipe's warm-up and schedule."""
     o = config.optimizer
@@ -352,6 +371,7 @@ def run_identity(config: Trained, policies: Policies, prompts: Mapping[str, Prom
         "recipe": config.model_dump(mode="json", exclude=FREE),
         "base_sha256": policies.sha256,
         "experts": {name: expert.sha256 for name, expert in policies.experts.items()},
+        "teaches": {name: [expert.guidance, expert.text_length] for name, expert in policies.experts.items()},
         "prompts": {name: prompts_sha256(p.training) for name, p in prompts.items()},
         "stage": stage.identity(),
     }
@@ -366,7 +386,9 @@ def check_identity(there: Mapping[str, Any], now: Mapping[str, Any], config: Tra
             f"{out} was begun by an earlier version of this training, which makes other weights of the same recipe; "
             "give another `out`."
         )
-    found = differences({**there, "recipe": _with_defaults(there["recipe"], config)}, now)
+    # A run that began before it was noted how its teachers teach goes on as they do now.
+    before = {"teaches": now["teaches"], **there, "recipe": _with_defaults(there["recipe"], config)}
+    found = differences(before, now)
     if found:
         raise RequestError(
             f"{out} holds a run of something else; it cannot be gone on with:\n  "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -64,6 +65,7 @@ class Rewards:
     def __init__(self, tasks: Sequence[Task], workers: int = 1) -> None:
         names = dict.fromkeys(name for task in tasks for name in task.rewards)
         self.scorers = {name: load_reward(name) for name in names}
+        self._told: set[str] = set()  # rewards whose first failed judgement was shown
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
 
     def identity(self) -> dict[str, Any]:
@@ -88,6 +90,10 @@ class Rewards:
             except Exception as error:  # whatever a user's class raises
                 raise WorkError(f"Reward {name!r} failed: {type(error).__name__}: {error}") from error
             for row, score in zip(rows, scores, strict=True):
+                if score.value is None and name not in self._told:
+                    self._told.add(name)
+                    why = score.error or score.reason or "it gave no reason"
+                    print(f"Reward {name!r} could not judge a picture, and perhaps others: {why}.", file=sys.stderr)
                 found[row][name] = math.nan if score.value is None else float(score.value)
         for values, task in zip(found, tasks, strict=True):
             values["total"] = math.fsum(task.rewards[name] * value for name, value in values.items())

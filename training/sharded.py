@@ -23,7 +23,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate import Accelerator
 from diffusers import SD3Transformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -43,10 +42,10 @@ from training.loop import (
     catch_signals,
     check_identity,
     check_processes,
+    join,
     learning_rates,
     run_identity,
     strip_prompts,
-    trackers,
 )
 from training.policies import STUDENT, Conditions, Expert, Policies, guided, transformer_inputs
 from training.watch import Alarms, Log, draw_strip, memory_gb
@@ -275,7 +274,7 @@ def train_full(config: DistillConfig, make: MakeStage, out: Path, *, resume: boo
         WorkError: an alarm went off, or the run was stopped; what was finished is on the disk.
     """
     check_full(config)
-    accelerator = Accelerator(mixed_precision="no", log_with=trackers(config), project_dir=out)
+    accelerator = join(config, out)
     check_processes(config, accelerator.num_processes)
     out.mkdir(parents=True, exist_ok=True)
     policies = FullPolicies(config, accelerator.device)

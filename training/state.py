@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+
+from flowopd_eval.errors import WorkError
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -23,7 +26,12 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise WorkError(
+            f"{path} is damaged ({str(error).splitlines()[0]}): remove it, and the run goes on from the one before."
+        ) from error
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:

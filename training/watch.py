@@ -106,16 +106,19 @@ class Alarms:
         """Stop when all gradients have been zero for ``patience`` steps."""
         self._still = self._still + 1 if means["grad_norm"] == 0 else 0
         if self._still >= self.patience:
-            self._stop(
-                step, f"all gradients have been zero for {self._still} steps", "the student may equal its teachers"
+            remedy = (
+                "no picture was kept: rewards could judge none (what they said stands above), or least_reward is high"
+                if means.get("kept") == 0
+                else "the student may equal its teachers"
             )
+            self._stop(step, f"all gradients have been zero for {self._still} steps", remedy)
 
     def rewards(self, step: int, means: Mapping[str, float]) -> None:
         """Stop when in no group the rewards have differed for ``patience`` steps."""
         self._flat = self._flat + 1 if means.get("groups_without_variance") == 1.0 else 0
         if self._flat >= self.patience:
             remedy = (
-                "no picture could be judged; look at the reward's errors"
+                "no picture could be judged; what the reward said stands above"
                 if means.get("unscored") == 1.0
                 else "the task is too hard or too easy for this student; use other prompts or a finer reward"
             )

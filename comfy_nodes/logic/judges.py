@@ -113,7 +113,9 @@ def _record(
             raise PackError(f"The clauses are no JSON: {error}.") from error
         if not isinstance(fields, dict):
             raise PackError('The clauses should be an object: {"include": [{"class": "dog", "count": 2}]}.')
-        counting = any(isinstance(c, dict) and c.get("count", 1) != 1 for c in fields.get("include", ()))
+        include = fields.get("include")
+        named = include if isinstance(include, list) else []
+        counting = any(isinstance(c, dict) and c.get("count", 1) != 1 for c in named)
         return str(fields.pop("task", "counting" if counting else "clauses")), fields
     from flowopd_eval.scorers.clauses import read_clauses
 

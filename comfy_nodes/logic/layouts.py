@@ -71,9 +71,14 @@ def sort_keys(tensors: Mapping[str, torch.Tensor], name: str) -> Sorted:
     for key, match in parsed.items():
         side = match["new"] or match["old"]
         if side is None:
+            if tensors[key].numel() != 1:
+                raise PackError(f"{name}: {key} should hold one number, but holds {tensors[key].numel()}.")
             alphas[modules[key]] = float(tensors[key])
-        else:
-            (a_side if side in ("A", "down") else b_side)[modules[key]] = tensors[key]
+            continue
+        half = a_side if side in ("A", "down") else b_side
+        if modules[key] in half:
+            raise PackError(f"{name}: {modules[key]} stands in it twice, the second time as {key}.")
+        half[modules[key]] = tensors[key]
     _check_halves(a_side, b_side, alphas, name)
     return Sorted(layouts[0], {module: (a_side[module], b_side[module]) for module in sorted(a_side)}, alphas)
 
@@ -106,8 +111,11 @@ def _check_halves(
     wrong = [
         f"{module} (A {tuple(a.shape)}, B {tuple(b_side[module].shape)})"
         for module, a in a_side.items()
-        if a.ndim != 2 or b_side[module].ndim != 2 or a.shape[0] != b_side[module].shape[1]
+        if a.ndim != 2 or b_side[module].ndim != 2 or a.shape[0] != b_side[module].shape[1] or not a.shape[0]
     ]
     if wrong:
         raise PackError(f"{name}: {len(wrong)} of {len(a_side)} modules are not A (r, in) and B (out, r): "
                         f"{listing(wrong)}.")  # fmt: skip
+    whole = sorted({str(t.dtype) for side in (a_side, b_side) for t in side.values() if not t.is_floating_point()})
+    if whole:
+        raise PackError(f"{name} holds {', '.join(whole)}: it is quantised. Save it in fp16 where it was made.")

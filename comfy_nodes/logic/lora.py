@@ -59,7 +59,10 @@ def read_lora(path: str | Path, name: str = "") -> Lora:
     if path.suffix.lower() != ".safetensors":
         raise PackError(f"{name} is no .safetensors file. Others can run code when they are opened, and are not read.")
     beside = path.parent / CONFIG
-    config = beside.read_text() if beside.is_file() else None
+    try:
+        config = beside.read_text(encoding="utf-8") if beside.is_file() else None
+    except UnicodeDecodeError as error:
+        raise PackError(f"The {CONFIG} beside {name} is no UTF-8 text: {error}.") from error
     return _read(str(path), name, file_sha256(path), config)
 
 

@@ -21,7 +21,8 @@ def merge_loras(weighted: Sequence[tuple[Lora, float]]) -> Lora:
         weighted: LoRAs with their weights, which need not sum to 1.
 
     Raises:
-        PackError: nothing to merge, a weight that is not finite, or weights that sum to zero.
+        PackError: nothing to merge, a weight that is not finite, weights that sum to zero, or LoRAs of models of
+            different sizes.
     """
     weights = [weight for _, weight in weighted]
     if not weighted:
@@ -30,11 +31,21 @@ def merge_loras(weighted: Sequence[tuple[Lora, float]]) -> Lora:
         raise PackError(f"The weights of a mean must be finite and not sum to zero, but they are {weights}.")
     shares = [(lora, weight / sum(weights)) for lora, weight in weighted if weight]
     modules = sorted({module for lora, _ in shares for module in lora.pairs})
+    for module in modules:
+        sizes = {lora.name: _size(lora.pairs[module]) for lora, _ in shares if module in lora.pairs}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise PackError(f"{module} has another size in each: {told} (out x in). They are of different models.")
     pairs = {
         module: _joined([(lora.pairs[module], w) for lora, w in shares if module in lora.pairs]) for module in modules
     }
     recipe = " + ".join(f"{share:.3g} x {lora.name}" for lora, share in shares)
     return Lora(f"merge ({recipe})", pairs, None, "the merged files, each at its true scale")
+
+
+def _size(pair: Pair) -> str:
+    a, b = pair
+    return f"{b.shape[0]}x{a.shape[1]}"
 
 
 def _joined(parts: Sequence[tuple[Pair, float]]) -> Pair:

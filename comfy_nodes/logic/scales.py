@@ -89,7 +89,7 @@ def _config(layout: str, header: Mapping[str, str], beside: str | None, name: st
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PackError(f"{where} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise PackError(f"{where} should hold an object, but holds {type(found).__name__}.")
@@ -103,6 +103,15 @@ def _refuse_fields(config: Mapping[str, Any], name: str) -> None:
     init = str(config.get("init_lora_weights"))
     if init.lower().startswith(_UNSUPPORTED_INITS):
         used.append(f"the initialisation {init!r} (it changes the base)")
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, Mapping) or not all(isinstance(number, int | float) for number in pattern.values()):
+            raise PackError(f"{name}: {field} in its config should give patterns numbers, but is {pattern!r}.")
+        for one in pattern:
+            try:
+                re.compile(one)
+            except re.error as error:
+                raise PackError(f"{name}: {one!r} in its config is no regular expression: {error}.") from error
     if used:
         raise PackError(f"{name}: its config says {', '.join(used)}, which is not supported; only plain LoRA is.")
 

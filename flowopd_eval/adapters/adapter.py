@@ -112,8 +112,8 @@ def check_adapter(adapter: Adapter, transformer: nn.Module) -> None:
     if missing:
         raise RequestError(
             f"{where}: {len(missing)} modules left out that it should cover (it has {total}): {listing(missing)}. "
-            "The file is incomplete; if it is meant to leave them out, keep it with an adapter_config.json whose "
-            "target_modules say so."
+            "The file is incomplete; if it is meant to leave them out, `flowopd-eval convert FILE --out FOLDER` writes "
+            "it with a config that says so: give FOLDER."
         )
 
 

@@ -41,8 +41,8 @@ _KEY = re.compile(
 )
 # Layouts that mean alpha = r where they name no alpha: diffusers' `get_peft_kwargs`, sd-scripts' `LoRAModule`.
 _UNSCALED = {
-    _DIFFUSERS: "no alpha in the file: alpha = r, as diffusers takes it",
-    _KOHYA: "no alpha in the file: alpha = r, as sd-scripts takes it",
+    _DIFFUSERS: "no alpha in the file: alpha = r, as diffusers takes it; say --alpha where it was trained with another",
+    _KOHYA: "no alpha in the file: alpha = r, as sd-scripts takes it; say --alpha where it was trained with another",
 }
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -112,6 +112,7 @@ def read_adapter(source: str | Path, *, alpha: float | None = None) -> Adapter:
     layout, sides, alphas = _sort_keys(file)
     config = _config(file, layout)
     _refuse_fields(config, file.name)
+    _refuse_malformed(config, file.name)
     scale = _scale(file, layout, config, alphas, alpha)
     factors = {
         module: Factors(a.float().contiguous(), b.float() * scale.of(module, a.shape[0]))
@@ -181,6 +182,8 @@ def _no_weights(source: str, names: Iterable[str]) -> RequestError:
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
     if pickles:
         return _pickled(f"{source}: {listing(pickles)}")
+    if "adapter" in (names := list(names)):
+        return RequestError(f"{source!r} is a run of the training; what it has made is {source}/adapter.")
     return RequestError(
         f"{source!r} holds neither {PEFT_WEIGHTS} nor {DIFFUSERS_WEIGHTS}, but {listing(names) or 'nothing'}. "
         "Name the .safetensors file itself if it goes by another name."
@@ -206,15 +209,15 @@ def _open(path: Path, source: str) -> _File:
     with path.open("rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
     beside = path.parent / PEFT_CONFIG
-    config = _parse(beside.read_text(), str(beside)) if beside.is_file() else None
+    config = _parse(beside.read_bytes(), str(beside)) if beside.is_file() else None
     name = str(path) if not source.startswith("hub:") else f"{source}/{path.name}"
     return _File(name, tensors, header, digest, config)
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{where} is no JSON: {error}.") from error
     if not isinstance(content, dict):
         raise RequestError(f"{where} should hold an object, but holds {type(content).__name__}.")
@@ -252,9 +255,14 @@ def _sort_keys(file: _File) -> tuple[str, dict[str, tuple[torch.Tensor, torch.Te
     for key, match in parsed.items():
         side = match["new"] or match["old"]
         if side is None:
+            if file.tensors[key].numel() != 1:
+                raise RequestError(f"{file.name}: {key} should hold one number, but holds {file.tensors[key].numel()}.")
             alphas[named[key]] = float(file.tensors[key])
-        else:
-            (a_side if side in ("A", "down") else b_side)[named[key]] = file.tensors[key]
+            continue
+        half = a_side if side in ("A", "down") else b_side
+        if named[key] in half:
+            raise RequestError(f"{file.name}: {named[key]} stands in it twice, the second time as {key}.")
+        half[named[key]] = file.tensors[key]
     lonely = [f"{name}.lora_B" for name in a_side.keys() - b_side.keys()]
     lonely += [f"{name}.lora_A" for name in (b_side.keys() | alphas.keys()) - a_side.keys()]
     if lonely:
@@ -265,11 +273,15 @@ def _sort_keys(file: _File) -> tuple[str, dict[str, tuple[torch.Tensor, torch.Te
 
 def _check_shapes(a_side: Mapping[str, torch.Tensor], b_side: Mapping[str, torch.Tensor], name: str) -> None:
     pairs = [(module, tuple(a.shape), tuple(b_side[module].shape)) for module, a in a_side.items()]
-    wrong = [f"{m} (A {a}, B {b})" for m, a, b in pairs if len(a) != 2 or len(b) != 2 or a[0] != b[1]]
+    wrong = [f"{m} (A {a}, B {b})" for m, a, b in pairs if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]]
     if wrong:
         raise RequestError(
-            f"{name}: {len(wrong)} of {len(pairs)} modules are not A (r, in) and B (out, r): {listing(wrong)}."
+            f"{name}: {len(wrong)} of {len(pairs)} modules are not A (r, in) and B (out, r), r at least 1: "
+            f"{listing(wrong)}."
         )
+    whole = sorted({str(t.dtype) for side in (a_side, b_side) for t in side.values() if not t.is_floating_point()})
+    if whole:
+        raise RequestError(f"{name} holds {', '.join(whole)}: it is quantised. Save it in fp16 where it was made.")
 
 
 def _kohya_names(file: _File, parsed: Mapping[str, re.Match[str]]) -> dict[str, str]:
@@ -320,6 +332,30 @@ def _refuse_fields(config: Mapping[str, Any], name: str) -> None:
         used.append(f"the initialisation {init!r} (it changes the base)")
     if used:
         raise RequestError(f"{name}: {', '.join(used)} stands in its config and is not supported; only plain LoRA is.")
+
+
+def _refuse_malformed(config: Mapping[str, Any], name: str) -> None:
+    """Values of another kind than PEFT's, and patterns that are none."""
+    patterns: list[str] = []
+    for key in ("rank_pattern", "alpha_pattern"):
+        value = config.get(key) or {}
+        if not isinstance(value, Mapping) or not all(isinstance(number, int | float) for number in value.values()):
+            raise RequestError(f"{name}: {key} in its config should give patterns numbers, but is {value!r}.")
+        patterns += value
+    for key in ("target_modules", "exclude_modules"):
+        value = config.get(key)
+        if not (value is None or isinstance(value, str) or _are_texts(value)):
+            raise RequestError(f"{name}: {key} in its config should be a text or a list of texts, but is {value!r}.")
+        patterns += [value] if isinstance(value, str) else []
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise RequestError(f"{name}: {pattern!r} in its config is no regular expression: {error}.") from error
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _scale(
@@ -429,7 +465,10 @@ def write_adapter(
     from safetensors.torch import save
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be a folder ({error.strerror}): name one to write into.") from error
     # One key only: safetensors writes a longer header in no fixed order.
     for name, prefix in ((DIFFUSERS_WEIGHTS, _DIFFUSERS), (PEFT_WEIGHTS, _PEFT)):
         tensors = {

@@ -44,8 +44,8 @@ def merge_adapters(
     Returns: the merged adapter and its report.
 
     Raises:
-        RequestError: no adapters, a weight that is not finite, an unknown method, a rank below 1; for ``factors``,
-            modules or ranks that differ.
+        RequestError: no adapters, a weight that is not finite, an unknown method, a rank below 1, adapters of models of
+            different sizes, weights by which they cancel out; for ``factors``, modules or ranks that differ.
     """
     if not weighted:
         raise RequestError("Nothing to merge: give at least one adapter.")
@@ -63,10 +63,17 @@ def merge_adapters(
         if method == "factors" and len(parts) < len(weighted):
             lacking = [adapter.source for adapter, _ in weighted if name not in adapter.factors]
             raise RequestError(f"Averaging factors needs the same modules everywhere; {lacking} lack {name}.")
+        shapes = {(f.B.shape[0], f.A.shape[1]) for f, _ in parts}
+        if len(shapes) > 1:
+            made_for = ", ".join(f"{a.source} {_size(a.factors[name])}" for a, _ in weighted if name in a.factors)
+            raise RequestError(f"{name} has another size in each: {made_for} (out x in). They are of different models.")
         total, product = _concatenated(parts), METHODS[method](parts, rank)
         energies[name] = (_residual(total, product), _inner(total, total))
         merged[name] = Factors(*(t.float().contiguous() for t in product))
     lost, whole = (sum(values) for values in zip(*energies.values(), strict=True))
+    changes = [sum(_inner(f, f) for f in map(_double, adapter.factors.values())) for adapter, _ in weighted]
+    if any(changes) and whole <= 1e-12 * sum(w * w * change for (_, w), change in zip(weighted, changes, strict=True)):
+        raise RequestError(f"With the weights {[weight for _, weight in weighted]} nothing is left: they cancel out.")
     report = MergeReport(
         discarded_energy=lost / whole if whole else 0.0,
         per_module={name: part / all_ if all_ else 0.0 for name, (part, all_) in energies.items()},
@@ -75,6 +82,10 @@ def merge_adapters(
     recipe = " + ".join(f"{weight:g} * {adapter.source or adapter.sha256[:12]}" for adapter, weight in weighted)
     declared = {"target_modules": list(merged)} if all(adapter.declared for adapter, _ in weighted) else {}
     return Adapter(merged, source=f"{method} merge: {recipe}", declared=declared), report
+
+
+def _size(factors: Factors) -> str:
+    return f"{factors.B.shape[0]}x{factors.A.shape[1]}"
 
 
 def _double(factors: Factors) -> Factors:

@@ -103,6 +103,8 @@ def _claims(path: Path, source: str) -> list[Claim]:
             claim = reader.validate_json(line, strict=True)
             if claim.file is not None and not _FILE.fullmatch(claim.file):
                 raise ValueError(f"file {claim.file!r} does not lie in samples/")
+            if not 0 <= claim.seed < 2**32:  # as the rule makes them
+                raise ValueError(f"seed {claim.seed} is none")
             if claim.score is not None and not isfinite(claim.score):
                 raise ValueError(f"score {claim.score} is no finite number")
         except ValueError as error:
