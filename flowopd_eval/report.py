@@ -157,10 +157,14 @@ def _interval(interval: Mapping[str, Any] | None, summary: Mapping[str, Any] | N
     return f"{value}{mark} [{low}, {high}]"
 
 
+_OF_USERS = ("own", "external")  # scorers that have taken the place of a bench's judge
+
+
 def by_judge(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     """The summaries whose numbers can stand side by side: one metric, one version of the bench, one and the same judge.
 
-    They go by the metric's key; where one key has several judges, by what tells those apart as well, in words.
+    They go by the metric's key; where one key has several judges, or one of the user's own, by what tells those apart
+    as well, in words.
     """
     judges: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for summary in summaries:
@@ -169,7 +173,8 @@ def by_judge(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[s
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for key, of_key in judges.items():
         for number, shown in enumerate(of_key.values(), 1):
-            label = key if len(of_key) == 1 else f"{key} ({_judge(shown[0])})"
+            alone = len(of_key) == 1 and (shown[0]["scorer"] or {}).get("scorer") not in _OF_USERS
+            label = key if alone else f"{key} ({_judge(shown[0])})"
             groups[label if label not in groups else f"{label}, judge {number}"] = shown
     return groups
 

@@ -61,8 +61,11 @@ def conclude(out: Path) -> None:
 
     page = reporting.write_report(out, {bench.key: reporting.metrics_of(bench) for bench in BENCHES})
     summary = json.loads((out / "summary.json").read_bytes())  # as the report has just written it
-    table_console().print(reporting.terminal_table(summary["models"], summary["unavailable"]))
-    note = store.read_run(out)["note"]
+    run = store.read_run(out)
+    order = dict.fromkeys(entry["request"]["model"] for entry in run["runs"].values())  # as asked for
+    models = {name: summary["models"][name] for name in order if name in summary["models"]}
+    table_console().print(reporting.terminal_table(models, summary["unavailable"]))
+    note = run["note"]
     lines = [
         note,
         REAL_MODEL_HELP if "miniature" in note else "",

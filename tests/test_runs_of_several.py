@@ -77,6 +77,9 @@ def test_scores_of_a_judge_of_ones_own_are_not_replaced_unasked(command, mine):
     assert command("--bench", "shapes_quality", "--limit", 1, "--model", f"{file}:draw", *own, "--out", out)[0] == 0
     (log,) = out.glob("*/quality/samples.jsonl")
     before = log.read_bytes()
+    assert (
+        f"shapes_quality (protocol own, engine {file.name}:Half" in command("report", out)[1]
+    )  # no number of the bench's own judge
     code, _, errors = command("score", out)
     assert (code, log.read_bytes()) == (2, before)
     assert "Half" in errors
@@ -116,6 +119,14 @@ def test_a_launch_waits_for_its_own_pictures_only(command, mine, monkeypatch):
         code, said, errors = command(*few, "--model", f"{file}:draw")
         assert code == 0, errors
     assert "Report:" in said
+
+
+def test_models_stand_in_the_order_in_which_they_were_asked_for(command, mine):
+    file, out = mine
+    few = ("--bench", "shapes_quality", "--limit", 1, "--out", out)
+    _, said, _ = command(*few, "--model", f"{file}:other", "--model", f"{file}:draw")
+    head = said[: said.index("shapes_quality")]
+    assert 0 <= head.index("other") < head.index("draw")
 
 
 def test_two_benches_of_one_folder_are_refused_before_drawing(command, mine):
