@@ -239,7 +239,7 @@ def score(
         )
         folders = [rescore.import_geneval(folder, out, run, model=model or "unknown")]
     refuse_protocol([bench_by_key(entry.request()["key"]) for entry in folders], protocol)
-    named = protocol or again or ocr_engine != "rapidocr" or any([judge_url, metric, scorer, scorer_command])
+    named = again or ocr_engine != "rapidocr" or any([judge_url, metric])
     lacking: dict[str, str | None] = {}
     todo = []  # every judge is there before the first score is touched
     for entry in folders:
@@ -249,7 +249,7 @@ def score(
         own = recorded.get("name") if isinstance(recorded, dict) else None
         try:
             chosen = scorer_of(kind, protocol if protocol in kind.protocols else protocol_of(kind, own), judge)
-            if not named:
+            if not (named or protocol in kind.protocols or kind.flag in {*judge.own, *judge.command}):
                 rescore.refuse_another(entry, chosen)
             todo.append((entry, kind, chosen))
             lacking[kind.key] = None
@@ -474,8 +474,12 @@ def convert(
 
     adapter = read_adapter(source, alpha=alpha)
     settings = base_settings(base) if base else None
+    place = Path(source).resolve()
+    if (out / "recipe.json").is_file() and out.resolve() not in (place, place.parent):
+        raise RequestError(
+            f"{out} holds another adapter, whose recipe.json would be taken for this one's: name another."
+        )
     write_adapter(adapter, out)
-    (out / "recipe.json").unlink(missing_ok=True)  # of another adapter that lay there
     record = pass_on_settings([source], out)
     if settings:
         write_settings(out, settings)

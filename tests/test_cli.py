@@ -171,7 +171,14 @@ def test_convert_and_merge(command, tmp_path):
     )
     assert code == 0
     assert "0.00% of the energy discarded" in stdout
-    assert "Drawn with" not in stdout  # b says nothing of it
+    assert "Nothing says how it is drawn" in stdout  # b does not
+    code, _, stderr = command("convert", tmp_path / "a", "--out", tmp_path / "m")
+    assert code == 2
+    assert "another adapter, whose recipe.json" in stderr  # on a card it would be a merge
+    assert command("convert", tmp_path / "m", "--out", tmp_path / "m", "--base", "tiny:base")[0] == 0  # in its place
+    assert resolve(str(tmp_path / "m")).record == resolve("tiny:base").record
+    assert "no backbone of known name" in command("convert", tmp_path / "m", "--out", tmp_path / "n", "--base", "x")[2]
+    assert "convert" in command("--bench", "geneval", "--model", tmp_path / "b", "--out", tmp_path / "run")[2]
     a, b, m = (read_adapter(tmp_path / name).factors for name in "abm")
     name = next(iter(m))
     import torch

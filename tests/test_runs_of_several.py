@@ -86,6 +86,9 @@ def test_scores_of_a_judge_of_ones_own_are_not_replaced_unasked(command, mine):
     assert "--again" in errors
     assert command("score", out, *own)[0] == 0
     assert log.read_bytes() == before
+    assert command("--bench", "shapes_geneval", "--limit", 1, "--model", f"{file}:draw", "--out", out)[0] == 0
+    assert command("score", out, "--protocol", "flow-grpo")[0] == 2  # which is the other bench's
+    assert log.read_bytes() == before
     assert command("score", out, "--again")[0] == 0
     assert log.read_bytes() != before
 
