@@ -120,7 +120,7 @@ def _explained(repo: str, revision: str) -> Iterator[None]:
         raise RequestError(f"There is no repository {repo!r} on the Hub that {seen}") from error
     except (LocalEntryNotFoundError, HTTPError, ConnectionError) as error:  # HTTPError: also of no connection at all
         raise RequestError(
-            f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in this machine's cache. Check "
+            f"Could not get {repo} from the Hub ({type(error).__name__}), and it is not in the local cache. Check "
             f"the network; or, on a machine that has one (where its licence, if it has any, is accepted and `hf auth "
             f"login` done), `hf download {repo}`, and copy that machine's Hugging Face cache here (HF_HOME, usually "
             "~/.cache/huggingface)."
