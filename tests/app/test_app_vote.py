@@ -44,6 +44,12 @@ def test_a_pair_is_voted_on_once(ballot):
     assert [(one.model, one.wins) for one in ballot.standings(FAMILY)] == [("a", 1), ("b", 0)]
 
 
+@pytest.mark.parametrize(("ticket", "choice"), [(["made-up"], "left"), ("made-up", ["left"]), (None, {})])
+def test_what_is_no_text_is_no_vote(ballot, ticket, choice):
+    with pytest.raises(RequestError, match="are texts"):
+        ballot.cast(ticket, choice)
+
+
 @pytest.mark.parametrize(("ticket", "choice"), [("made-up", "left"), ("' OR 1=1 --", "tie")])
 def test_a_ticket_nobody_issued_counts_for_nothing(ballot, ticket, choice):
     with pytest.raises(RequestError, match="no such pair"):

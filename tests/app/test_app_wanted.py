@@ -71,6 +71,12 @@ def test_neither_paths_nor_tokens_are_shown(text, expected):
     assert shown(text) == expected
 
 
+@pytest.mark.parametrize("joined", ["\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\U0001f468\u200d\U0001f467"])
+def test_characters_that_join_others_are_kept(joined):
+    """Persian spells with one of them, emoji of several people with the other."""
+    assert wanted({"prompt": joined, "seed": 1, "arms": ["base"]}).prompt == joined
+
+
 @pytest.mark.parametrize("unseen", ["\0", "\x1b", "\u202e"])
 def test_characters_that_cannot_be_seen_are_refused_by_their_code_points(unseen):
     with pytest.raises(RequestError, match=rf"Prompt: remove the characters .*: U\+{ord(unseen):04X} "):

@@ -99,6 +99,8 @@ def test_scoring_is_the_toolkits_own_verdict_with_boxes_and_a_reason() -> None:
     [
         ("ocr", "a sign", "", "quotes no text"),
         ("geneval", "a photo of a unicorn", "", "clauses"),
+        ("geneval", "a dog", '{"include": null}', "include"),
+        ("geneval", "a dog", '{"include": 5}', "include"),
         ("geneval", "x", "{", "no JSON"),
         ("geneval", "x", "[]", "object"),
         ("geneval", "x", '{"include": [{"class": "dog"}]}', "count"),

@@ -107,6 +107,13 @@ def test_scores_that_were_raised_are_found_by_judging_again(machine, hub, pushed
     assert "scored as the card says: 0 of 12" in answer.out
 
 
+def test_a_seed_that_no_generator_takes_is_named(machine, hub, pushed):
+    forge(hub, pushed, lambda line: line.update(seed=2**70))
+    answer = machine("verify", pushed, "--pictures", 8)
+    assert answer.code == 2
+    assert f"seed {2**70} is none" in answer.err
+
+
 def test_seeds_that_were_picked_are_found(machine, hub, pushed):
     forge(hub, pushed, lambda line: line.update(seed=line["seed"] + (line["id"] == "shapes-00006")))
     answer = machine("verify", pushed, "--pictures", 8)
@@ -178,6 +185,11 @@ def settings(**changes) -> bytes:
         ("flow_opd.json", settings(steps="two"), "holds no sampling record"),
         ("flow_opd.json", settings(steps=0), "steps is 0"),
         ("flow_opd.json", settings(guidance=float("nan")), "guidance nan"),
+        ("flow_opd.json", settings(height=65536), "height is 65536, and not from 8 to 4096"),
+        ("flow_opd.json", settings(width=60), "not divisible by 8"),
+        ("flow_opd.json", settings(text_length=-1), "text_length is -1"),
+        ("flow_opd.json", settings(shift=0.0), "shift not above 0"),
+        ("flow_opd.json", b"[" * 100_000, "is no JSON"),
         ("flow_opd.json", settings(dtype="load"), "dtype is 'load'"),
         ("metrics.json", b"{", "Invalid JSON"),
         ("metrics.json", b"\xff", "Invalid JSON"),
