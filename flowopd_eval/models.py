@@ -233,10 +233,10 @@ def own_record(source: str) -> SamplingRecord | None:
     None for one that says nothing of it."""
     if source.partition(":")[0] in FAMILIES:
         return resolve(source).record
-    # An adapter named by its file is its folder's.
-    return (
-        resolve(str(Path(source).parent) if Path(source).is_file() else source).record if settings_of(source) else None
-    )
+    if not settings_of(source):
+        return None
+    place = Path(source)  # an adapter named by its file is its folder's
+    return resolve(str(place.parent) if place.is_file() else source).record
 
 
 def adapter_settings(base: str, record: SamplingRecord) -> dict[str, Any]:

@@ -461,6 +461,9 @@ def write_adapter(
         folder: made if need be; other files in it stay.
         base_model: the backbone's repository, for the config.
         dtype: of the tensors (default: fp32).
+
+    Raises:
+        RequestError: ``folder`` cannot be made.
     """
     from safetensors.torch import save
 
