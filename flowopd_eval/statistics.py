@@ -6,12 +6,21 @@ percentile cluster bootstraps (Efron & Tibshirani, *An Introduction to the Boots
 *Bootstrapping clustered data*, JRSS B 69, 2007). Of few prompts they are too narrow: with four strongly correlated
 pictures a prompt, simulated 95 % intervals covered the truth in 87 % of cases for 5 prompts, 93 % for 10, 94 % for 20.
 
-**No variance.** When every prompt has the same mean (all right, all wrong, or one prompt only), the bootstrap sees no
-variance and would claim certainty. For scores within 0..1 the Wilson interval then takes its place, with the number of
-*prompts* as its n: further pictures of a prompt cannot be taken for independent ones, and of all scores within 0..1
-with a given mean those of 0 and 1 spread most, so the interval errs on the wide side. For scores beyond 0..1 no such
-bound is known and the width is 0. In a mean of tasks the Wilson half widths of such tasks are added in quadrature to
-the bootstrap's half widths of the others, each task with the weight it has in the mean.
+**Few failures, or few successes.** Near 0 and 1 a percentile bootstrap is too short: one failure among 80 prompts says
+little about how many there would be among 80 others, and none says nothing at all. For scores within 0..1, where most
+prompts of a task are right as a whole and fewer than ten have a failure (or wrong, and a success; ten is the old rule
+for the normal approximation), the interval is widened to Wilson's. Its n is the *effective* number of pictures: their
+number over the design effect (Kish, *Survey Sampling*, 1965), estimated from those prompts and one more, supposed to be
+right or wrong as a whole. Without any, or where every prompt has the same mean, n is thus the number of prompts:
+further pictures of a prompt cannot be taken for independent ones. Scores between 0 and 1 spread less than those of 0
+and 1 with the same mean, so the interval errs on the wide side. Simulated with 80 prompts of one or four pictures and
+true shares of 0.9 to 0.995, 95 % intervals cover the truth in 93 to 100 % of cases, whatever the correlation (the
+bootstrap alone: 88 to 100 %). For scores beyond 0..1 no such bound is known. In a mean of tasks, what Wilson adds to a
+task is added in quadrature, with the weight that the task has in the mean.
+
+A *difference* is not widened: under the hypothesis of no difference, simulated with 80 prompts of which 2 to 20 differ,
+its bootstrap excludes 0 in 5.3 % of cases or fewer. Only where all prompts differ equally, and not by 0, does it take
+Wilson's width.
 
 Every function is deterministic, and its result depends on the order of neither tasks, prompts nor pictures: clusters
 are sorted before they are resampled.
@@ -21,8 +30,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -36,14 +45,15 @@ Array = NDArray[np.float64]
 
 _CELLS = 2_000_000  # prompts x resamples held at a time: 16 MB an array
 _ROUNDING = 1e-9  # a bootstrap spread below this is rounding, not variance
+_FEW = 10  # prompts with a failure, or with a success, below which a bootstrap near 0 or 1 is too short
 
 
-def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson_interval(share: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a share (E. B. Wilson, JASA 22, 1927).
 
     Args:
         share: observed share, 0..1.
-        n: number of independent trials, > 0.
+        n: number of independent trials, > 0; not necessarily whole.
         level: confidence, in (0, 1).
 
     Returns:
@@ -58,7 +68,7 @@ def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, f
 def mean_interval(clusters: Clusters, resamples: int = 2000, seed: int = 0, level: float = 0.95) -> Interval:
     """Mean over all pictures, with a cluster bootstrap over prompts; ``n`` counts pictures.
 
-    When every prompt has the same mean the interval is Wilson's with n = number of prompts; see the module's notes.
+    Near 0 and 1 the interval is at least Wilson's; see the module's notes.
 
     Args:
         clusters: scores by prompt.
@@ -77,8 +87,8 @@ def task_mean_interval(
 ) -> Interval:
     """GenEval's overall score: the unweighted mean of the tasks' means over pictures; ``n`` counts pictures.
 
-    Prompts are resampled within each task. Tasks in which the bootstrap sees no variance enter with Wilson's half
-    widths; see the module's notes. Other arguments as in :func:`mean_interval`. Source: the official
+    Prompts are resampled within each task. A task near 0 or 1 enters with Wilson's half widths where they are the
+    wider; see the module's notes. Other arguments as in :func:`mean_interval`. Source: the official
     ``summary_scores.py`` (github.com/djghosh13/geneval) averages task accuracies.
 
     Raises:
@@ -91,8 +101,11 @@ def task_mean_interval(
         if not clusters:
             raise ValueError(f"Expected scored pictures in task {task!r}, but there are none.")
         columns = _sorted_rows([_totals(cluster) for cluster in clusters])
-        bounds = (0.0, 1.0) if _within_unit(clusters) else None
-        parts.append(_estimate(columns, _ratio, bounds, resamples, rng, level))
+        part = _Part(float(_ratio(columns.sum(axis=0))), _ratio(_resampled_totals(columns, resamples, rng)))
+        if _within_unit(clusters) and (part.flat or _prompts_of_the_rarer(columns) < min(_FEW, len(columns) / 2)):
+            share = min(1.0, max(0.0, part.value))
+            part = part.at_least(*wilson_interval(share, _effective_pictures(columns), level), level)
+        parts.append(part)
     return _mean_of_parts(parts, sum(len(c) for clusters in tasks.values() for c in clusters), level)
 
 
@@ -143,8 +156,11 @@ def paired_difference(
     for pairs in groups.values():
         columns = _sorted_rows([(*_totals(ours), *_totals(theirs)) for ours, theirs in pairs])
         value = float(_ratio_difference(columns.sum(axis=0)))
-        bounds = (-1.0, 1.0) if abs(value) > _ROUNDING and all(_within_unit(pair) for pair in pairs) else None
-        parts.append(_estimate(columns, _ratio_difference, bounds, resamples, rng, level))
+        part = _Part(value, _ratio_difference(_resampled_totals(columns, resamples, rng)))
+        if part.flat and abs(value) > _ROUNDING and all(_within_unit(pair) for pair in pairs):
+            low, high = wilson_interval(min(1.0, max(0.0, (value + 1) / 2)), len(columns), level)
+            part = part.at_least(2 * low - 1, 2 * high - 1, level)
+        parts.append(part)
     return _mean_of_parts(parts, sum(min(map(len, pair)) for pairs in groups.values() for pair in pairs), level)
 
 
@@ -198,36 +214,60 @@ class _Part:
     unseen_below: float = 0.0
     unseen_above: float = 0.0
 
+    @property
+    def flat(self) -> bool:
+        return bool(np.ptp(self.replicates) <= _ROUNDING)
 
-def _estimate(
-    columns: Array,
-    statistic: Callable[[Array], Array],
-    bounds: tuple[float, float] | None,
-    resamples: int,
-    rng: np.random.Generator,
-    level: float,
-) -> _Part:
-    """Bootstrap ``statistic`` of the column totals of ``columns`` (prompts, columns); Wilson in ``bounds`` if flat."""
-    value = float(statistic(columns.sum(axis=0)))
-    replicates = statistic(_resampled_totals(columns, resamples, rng))
-    if bounds is None or np.ptp(replicates) > _ROUNDING:
-        return _Part(value, replicates)
-    bottom, span = bounds[0], bounds[1] - bounds[0]
-    share = min(1.0, max(0.0, (value - bottom) / span))
-    low, high = wilson_interval(share, len(columns), level)
-    return _Part(value, replicates, (share - low) * span, (high - share) * span)
+    def at_least(self, low: float, high: float, level: float) -> _Part:
+        """With what is missing, in quadrature, from the bootstrap's interval to ``low`` and ``high``."""
+        below, above = _half_widths(self.value, self.replicates, level)
+        return replace(
+            self,
+            unseen_below=math.sqrt(max(0.0, (self.value - low) ** 2 - below**2)),
+            unseen_above=math.sqrt(max(0.0, (high - self.value) ** 2 - above**2)),
+        )
+
+
+def _half_widths(value: float, replicates: Array, level: float) -> tuple[float, float]:
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    # A percentile interval of skewed scores can miss its own estimate; the interval promises not to.
+    return max(0.0, value - float(low)), max(0.0, float(high) - value)
 
 
 def _mean_of_parts(parts: Sequence[_Part], n: int, level: float) -> Interval:
     if not parts:
         raise ValueError("Expected scored pictures, but there are none.")
     value = math.fsum(part.value for part in parts) / len(parts)
-    replicates = np.mean([part.replicates for part in parts], axis=0)
-    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
-    # A percentile interval of skewed scores can miss its own estimate; the interval promises not to.
-    below = math.hypot(max(0.0, value - low), *(part.unseen_below / len(parts) for part in parts))
-    above = math.hypot(max(0.0, high - value), *(part.unseen_above / len(parts) for part in parts))
+    below, above = _half_widths(value, np.mean([part.replicates for part in parts], axis=0), level)
+    below = math.hypot(below, *(part.unseen_below / len(parts) for part in parts))
+    above = math.hypot(above, *(part.unseen_above / len(parts) for part in parts))
     return Interval(value, value - below, value + above, n, level)
+
+
+def _prompts_of_the_rarer(columns: Array) -> int:
+    """Prompts with a failure or prompts with a success, whichever are fewer, from rows of (score, pictures)."""
+    score, pictures = columns.T
+    return int(min((score < pictures).sum(), (score > 0).sum()))
+
+
+def _effective_pictures(columns: Array) -> float:
+    """Independent pictures that would say as much as these of scores within 0..1, at least one a prompt.
+
+    The design effect compares the variance of the ratio between prompts (linearised) with that of independent scores of
+    0 and 1. It is an average over the prompts of the rarer verdict and one supposed prompt of the worst kind.
+    """
+    prompts = len(columns)
+    score, pictures = columns.T
+    total = float(pictures.sum())
+    worst = total / prompts
+    share = float(score.sum()) / total
+    independent = share * (1 - share) / total
+    between = float(((score - share * pictures) ** 2).sum()) / total**2 * prompts / max(1, prompts - 1)
+    if between <= 0 or independent <= 0:
+        return prompts
+    estimated = min(worst, max(1.0, between / independent))
+    seen = _prompts_of_the_rarer(columns)
+    return total / ((seen * estimated + worst) / (seen + 1))
 
 
 def _resampled_totals(columns: Array, resamples: int, rng: np.random.Generator) -> Array:

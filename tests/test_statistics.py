@@ -107,6 +107,43 @@ def test_all_equal_verdicts_get_wilson_with_prompts_as_n(score: float) -> None:
     assert interval.n == 100
 
 
+def test_the_interval_moves_down_with_every_failure() -> None:
+    """79 of 80 must not look surer than 80 of 80, nor 71 of 80 (widened) surer than 70 of 80 (not widened)."""
+    intervals = [statistics.mean_interval([[1.0]] * (80 - failed) + [[0.0]] * failed) for failed in range(15)]
+    lows, highs = zip(*map(bounds, intervals), strict=True)
+    assert all(lower <= low + 0.002 for low, lower in itertools.pairwise(lows))  # 0.002: the seam at ten failures
+    assert all(lower <= high for high, lower in itertools.pairwise(highs))
+    assert lows[1] == pytest.approx(statistics.wilson_interval(79 / 80, 80)[0])
+    mirrored = statistics.mean_interval([[0.0]] * 79 + [[1.0]])
+    assert bounds(mirrored) == pytest.approx((1 - highs[1], 1 - lows[1]), abs=1e-12)
+
+
+def test_few_failures_of_whole_prompts_are_covered() -> None:
+    """Of prompts that are right in 95 % of cases, whole: the bootstrap alone covers the truth in 90 % of samples."""
+    rng = RNG(21)
+    sets = 400
+    covered = 0
+    for _ in range(sets):
+        right = (rng.random((80, 1)) < 0.95).astype(float)
+        interval = statistics.mean_interval(np.repeat(right, 4, axis=1).tolist(), resamples=600)
+        covered += interval.low <= 0.95 <= interval.high
+    assert covered / sets >= 0.94
+
+
+def test_pictures_that_fail_apart_say_more_than_prompts_that_fail_whole() -> None:
+    apart = statistics.mean_interval([[1.0] * 4] * 72 + [[0.0, 1.0, 1.0, 1.0]] * 8)
+    whole = statistics.mean_interval([[1.0] * 4] * 78 + [[0.0] * 4] * 2)
+    assert apart.value == whole.value
+    assert apart.half_width < 0.7 * whole.half_width
+    assert whole.low == pytest.approx(statistics.wilson_interval(whole.value, 80)[0])  # Kish: 320 pictures / 4
+
+
+def test_scores_between_0_and_1_of_few_prompts_are_the_bootstraps() -> None:
+    """No prompt is right as a whole, so there are no rare failures: Wilson's width would be that of coin throws."""
+    interval = statistics.mean_interval([[0.45 + 0.01 * i] for i in range(8)])
+    assert interval.half_width < 0.02
+
+
 def test_one_prompt_is_not_certainty() -> None:
     interval = statistics.mean_interval([[1.0, 0.0, 1.0, 0.0]])
     assert bounds(interval) == pytest.approx(statistics.wilson_interval(0.5, 1))
