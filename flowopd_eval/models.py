@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -301,6 +302,25 @@ def _published(source: str, settings: Mapping[str, Any], lora: str | None) -> Mo
     return replace(resolve(base, source), name=short, record=record_of(settings, source), about=about)
 
 
+def _another_base(name: str, adapter: Adapter, base: str) -> str:
+    """A warning where an adapter names another repository as its backbone than the one it is drawn on, else "".
+
+    Other backbones of the same shapes exist (Stable Diffusion 3 Medium among them), so that the file alone cannot tell.
+    A path on the disk of whoever trained it says nothing, nor does a backbone in a folder.
+    """
+    families = {f"{family.name}:base": family.base for family in FAMILIES.values()}
+    said = families.get(adapter.made_for or "", f"hub:{adapter.made_for}")
+    known = base.startswith("hub:") or base in families.values()
+    if not known or not re.fullmatch(r"hub:[\w.-]+/[\w.-]+|builtin:\w+", said):
+        return ""
+    if said.lower() == base.partition("@")[0].lower():
+        return ""
+    return (
+        f"{name}: its adapter_config.json says that it was made for {adapter.made_for}, but it is drawn on "
+        f"{base.removeprefix('hub:')}: unless these are the same weights, its pictures mean little."
+    )
+
+
 def fetch_base(source: str) -> Path:
     """Folder of the backbone ``source``: built in, on disk, or downloaded from the Hub at its revision.
 
@@ -361,17 +381,13 @@ class Backbone:
         self.specs = list(specs)
         self.device = device
         self.dtype = dtype or specs[0].record.dtype
-        self.notice = ""
-        if base not in [family.base for family in FAMILIES.values()] and not read_settings(self.folder, base):
-            self.notice = (
-                f"{base} has no {SETTINGS_FILE}, which would say how it is meant to be drawn: unless told otherwise, "
-                f"as Stable Diffusion 3.5 Medium is, with {SD35_RECORD.steps} steps, guidance {SD35_RECORD.guidance:g} "
-                f"and {SD35_RECORD.width}x{SD35_RECORD.height} pixels."
-            )
+        self._unsaid = base not in [family.base for family in FAMILIES.values()] and not read_settings(
+            self.folder, base
+        )
         scheduler = self.folder / "scheduler" / "scheduler_config.json"
         shift = json.loads(scheduler.read_bytes()).get("shift") if scheduler.is_file() else None
         self.shift = specs[0].record.shift if shift is None else float(shift)
-        for spec in () if self.notice else specs:
+        for spec in () if self._unsaid else specs:
             if spec.record.shift != self.shift:
                 raise RequestError(
                     f"{spec.name} is to be drawn with shift {spec.record.shift:g}, as its {SETTINGS_FILE} says, but "
@@ -384,6 +400,26 @@ class Backbone:
         return folder_sha256(self.folder)
 
     @cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """The adapter of each model that has one, read when first asked for."""
+        from flowopd_eval.quiet import quiet_libraries
+
+        with quiet_libraries():
+            return {spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter}
+
+    @cached_property
+    def notice(self) -> str:
+        """What nobody would guess of how the models are drawn, a line each; empty where there is nothing."""
+        said = [words for name, adapter in self.adapters.items() if (words := _another_base(name, adapter, self.base))]
+        if self._unsaid:
+            said.append(
+                f"{self.base} has no {SETTINGS_FILE}, which would say how it is meant to be drawn: unless told "
+                f"otherwise, as Stable Diffusion 3.5 Medium is, with {SD35_RECORD.steps} steps, guidance "
+                f"{SD35_RECORD.guidance:g} and {SD35_RECORD.width}x{SD35_RECORD.height} pixels."
+            )
+        return "\n".join(said)
+
+    @cached_property
     def pipeline(self) -> FlowOPDPipeline:
         """The pipeline, loaded when first asked for."""
         from flowopd_eval.quiet import quiet_libraries
@@ -393,12 +429,11 @@ class Backbone:
 
             from flowopd_eval.pipeline import FlowOPDPipeline
 
-            experts = {spec.name: load_adapter(spec.adapter) for spec in self.specs if spec.adapter}
             record = next((spec.record for spec in self.specs if not spec.adapter), self.specs[0].record)
             try:
                 pipeline = FlowOPDPipeline.from_pretrained(
                     self.folder,
-                    experts=experts,
+                    experts=self.adapters,
                     guidance={spec.name: spec.record.guidance for spec in self.specs if spec.adapter},
                     record=replace(record, shift=self.shift),
                     dtype=getattr(torch, self.dtype),

@@ -30,9 +30,11 @@ _FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors"]  # nothing that would
 
 
 class Models(Protocol):
-    """Models that share what is loaded once. ``notice``: what nobody would guess of how they are drawn, or empty."""
+    """Models that share what is loaded once."""
 
-    notice: str
+    @property
+    def notice(self) -> str:
+        """What nobody would guess of how they are drawn, or empty."""
 
     def load(self) -> None:
         """Have everything in memory."""

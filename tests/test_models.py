@@ -180,3 +180,28 @@ def test_a_record_that_the_backbone_cannot_keep_to_is_refused():
     with pytest.raises(RequestError, match=r"tiny:base in float32.*--dtype"):
         Backbone(spec.base, [spec, half], "cpu", None)
     assert Backbone(spec.base, [spec, half], "cpu", "float32").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("made_for", "base", "told"),
+    [
+        ("stabilityai/stable-diffusion-3-medium-diffusers", "hub:stabilityai/stable-diffusion-3.5-medium", True),
+        ("stabilityai/stable-diffusion-3.5-medium", "hub:stabilityai/stable-diffusion-3.5-medium", False),
+        ("stabilityai/stable-diffusion-3.5-medium", "hub:stabilityai/stable-diffusion-3.5-medium@abc", False),
+        ("flow-opd:base", "hub:stabilityai/stable-diffusion-3.5-medium", False),
+        ("tiny:base", "hub:stabilityai/stable-diffusion-3.5-medium", True),
+        ("stabilityai/stable-diffusion-3.5-medium", "builtin:tiny", True),
+        ("tiny:base", "builtin:tiny", False),
+        ("/data/checkpoints/sd35", "hub:stabilityai/stable-diffusion-3.5-medium", False),
+        (None, "hub:stabilityai/stable-diffusion-3.5-medium", False),
+        ("stabilityai/stable-diffusion-3.5-medium", "models/sd35", False),
+    ],
+)
+def test_an_adapter_of_another_backbone_of_the_same_shapes_is_told(tmp_path, monkeypatch, made_for, base, told):
+    """Stable Diffusion 3 Medium's LoRAs fit 3.5 Medium's attention: only the config can tell them apart."""
+    write_adapter(load_adapter(resolve("tiny:ocr").adapter), tmp_path / "mine", base_model=made_for)
+    tiny = fetch_base("builtin:tiny")
+    monkeypatch.setattr("flowopd_eval.models.fetch_base", lambda source: tiny)
+    backbone = Backbone(base, [resolve("tiny:base", str(tmp_path / "mine"))], "cpu", None)
+    said = f"tiny:base+mine: its adapter_config.json says that it was made for {made_for}"
+    assert (said in backbone.notice) == told

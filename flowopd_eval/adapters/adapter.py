@@ -34,7 +34,8 @@ class Adapter:
     ``factors`` are fp32 on the CPU, keyed by the transformer's module names (``transformer_blocks.0.attn.to_q``).
     ``alpha`` is the LoRA alpha that was found and ``alpha_from`` where (None where it differs between modules).
     ``file_sha256`` is the hash of the file it was read from. ``declared`` holds those fields of PEFT's ``LoraConfig``
-    that say which modules the adapter claims to cover; it is empty where no config came with it.
+    that say which modules the adapter claims to cover; it is empty where no config came with it. ``made_for`` is the
+    backbone that the config names: a repository, or a folder of whoever trained it.
     """
 
     factors: Mapping[str, Factors]
@@ -43,6 +44,7 @@ class Adapter:
     alpha_from: str = ""
     file_sha256: str | None = None
     declared: Mapping[str, Any] = field(default_factory=dict)
+    made_for: str | None = None
 
     @property
     def rank(self) -> int:

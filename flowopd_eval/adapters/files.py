@@ -104,7 +104,7 @@ def read_adapter(source: str | Path, *, alpha: float | None = None) -> Adapter:
     Raises:
         RequestError: no such file; a pickle; a truncated file; a kind that is not supported; keys that mean nothing; an
             incomplete pair; rank or targets that disagree with the config; no alpha to be found, or another one than
-            was given; values that are not finite; ``lora_B`` all zero.
+            was given; values that are not finite; ``lora_A`` or ``lora_B`` all zero.
     """
     path, resolved = _fetch(source) if str(source).startswith("hub:") else (Path(source), str(source))
     file = _open(_weights_file(path, resolved), resolved)
@@ -123,7 +123,9 @@ def read_adapter(source: str | Path, *, alpha: float | None = None) -> Adapter:
         _check_targets(config, factors, file.name)
     _check_values(factors, file.name)
     declared = {name: config[name] for name in _DECLARED if config.get(name) is not None}
-    return Adapter(factors, resolved, scale.alpha, scale.origin, file.sha256, declared)
+    return Adapter(
+        factors, resolved, scale.alpha, scale.origin, file.sha256, declared, config.get("base_model_name_or_path")
+    )
 
 
 def disagreement(folder: Path) -> str | None:
@@ -347,6 +349,9 @@ def _refuse_malformed(config: Mapping[str, Any], name: str) -> None:
         if not (value is None or isinstance(value, str) or _are_texts(value)):
             raise RequestError(f"{name}: {key} in its config should be a text or a list of texts, but is {value!r}.")
         patterns += [value] if isinstance(value, str) else []
+    base = config.get("base_model_name_or_path")
+    if not (base is None or isinstance(base, str)):
+        raise RequestError(f"{name}: base_model_name_or_path in its config should be a text, but is {base!r}.")
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -432,11 +437,11 @@ def _check_values(factors: Mapping[str, Factors], name: str) -> None:
     broken = [module for module, f in factors.items() if not (f.A.isfinite().all() and f.B.isfinite().all())]
     if broken:
         raise RequestError(f"{name}: NaN or infinity in {len(broken)} of {len(factors)} modules: {listing(broken)}.")
-    zero = {module for module, f in factors.items() if not f.B.any()}
+    zero = {module for module, f in factors.items() if not (f.A.any() and f.B.any())}
     if zero - _untrainable(factors):
         raise RequestError(
-            f"{name}: lora_B is all zero in {len(zero)} of {len(factors)} modules: {listing(zero)}. There the "
-            "adapter is the base: it was saved before training, or in part."
+            f"{name}: lora_A or lora_B is all zero in {len(zero)} of {len(factors)} modules: {listing(zero)}. There "
+            "the adapter is the base: it was saved before training, or in part."
         )
 
 

@@ -334,10 +334,11 @@ def test_refuses_values_that_are_not_finite(value, raw, tmp_path):
     refused(saved(tmp_path, as_diffusers(raw)), "NaN or infinity in 1 of 11 modules", LAST_QUERY)
 
 
-def test_refuses_zero_b(raw, tmp_path):
-    zero = {key: t * 0 if key.endswith("lora_B") else t for key, t in raw.items()}
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_refuses_a_side_that_is_zero(raw, tmp_path, side):
+    zero = {key: t * 0 if key.endswith(side) else t for key, t in raw.items()}
     refused(saved(tmp_path, as_diffusers(zero)), "lora_B is all zero in 11 of 11 modules", "before training")
-    raw["transformer_blocks.0.attn.to_q.lora_B"].zero_()
+    raw[f"transformer_blocks.0.attn.to_q.{side}"].zero_()
     refused(saved(tmp_path, as_diffusers(raw)), "in 1 of 11 modules: transformer_blocks.0.attn.to_q.")
 
 

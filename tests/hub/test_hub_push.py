@@ -378,7 +378,7 @@ def spoilt(gentle, kind) -> Adapter:
         ("partial", "1 modules left out that it should cover"),
         ("foreign", "match no linear layer"),
         ("nan", "NaN or infinity in 1 of"),
-        ("zero", "lora_B is all zero in 1 of"),
+        ("zero", "lora_A or lora_B is all zero in 1 of"),
         ("shape", "another shape"),
     ],
 )
