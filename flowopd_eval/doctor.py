@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flowopd_eval import store
 from flowopd_eval.benches import BENCHES, Bench, bench_by_key, find_bench
 from flowopd_eval.compbench import CLIP as COMPBENCH_CLIP
-from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.errors import RequestError, WorkError, extra
 from flowopd_eval.fetched import Source, cache_folder
 from flowopd_eval.models import FAMILIES, Backbone, resolve
 from flowopd_eval.records import Prompt, Score
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 State = Literal["ok", "absent", "wrong"]
 OPTIONAL = {
-    "rapidocr": "OCR benches: pip install 'flowopd-eval[ocr]'",
-    "onnxruntime": "OCR benches: pip install 'flowopd-eval[ocr]'",
-    "paddleocr": "OCR benches by --ocr-engine paddle3: pip install 'flowopd-eval[paddle]'",
-    "accelerate": "training and offloading: pip install accelerate",
-    "matplotlib": "plots of the benchmarks: pip install 'flowopd-eval[bench]'",
+    "rapidocr": f"OCR benches: {extra('ocr')}",
+    "onnxruntime": f"OCR benches: {extra('ocr')}",
+    "paddleocr": f"OCR benches by --ocr-engine paddle3: {extra('paddle')}",
+    "accelerate": "training and offloading: `pip install accelerate`",
+    "matplotlib": f"plots of the benchmarks: {extra('bench')}",
 }
 SELF_TEST = "data/selftest.json"  # in flowopd_eval.tiny
 TOLERANCE = 0.02  # of a score: versions of OCR engines round differently
@@ -47,12 +47,16 @@ TOLERANCE = 0.02  # of a score: versions of OCR engines round differently
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: ``state`` is ok, absent (and nothing is wrong with that) or wrong."""
+    """One thing looked at: ``state`` is ok, absent (and nothing is wrong with that) or wrong.
+
+    ``commands`` provide what is absent, where they are too long to be read in a table.
+    """
 
     part: str
     name: str
     state: State
     text: str
+    commands: tuple[str, ...] = ()
 
 
 def examine() -> list[Finding]:
@@ -182,24 +186,27 @@ def _judges() -> Iterator[Finding]:
             )
 
 
-def _unproven(bench: Bench) -> tuple[State, str]:
-    """State of a judge of which no scores are stored, and what it lacks; nothing is fetched."""
+def _unproven(bench: Bench) -> tuple[State, str, tuple[str, ...]]:
+    """State of a judge of which no scores are stored, what it lacks, and what provides that; nothing is fetched."""
     if bench.key == "geneval":
         weights = cache_folder() / CHECKPOINT.replace(".pth", ".safetensors")
         there = f"converted weights in {weights}" if weights.is_file() else "weights are fetched at the first use"
         text = f"{there}; no scores are known yet to hold it against (`doctor --real --save FILE`)"
-        return "ok" if weights.is_file() else "absent", text
+        return "ok" if weights.is_file() else "absent", text, ()
     if bench.flag == "preference":
         lacking = {m.name: _not_cached(m.needs) for m in preference_metrics(WEIGHTS).values()}
-        parts = [f"{name}: {' && '.join(commands) or 'weights are cached'}" for name, commands in lacking.items()]
-        return "absent" if any(lacking.values()) else "ok", "; ".join(parts)
+        absent = [name for name, commands in lacking.items() if commands]
+        text = f"weights are not here: {', '.join(absent)} (commands below)" if absent else "weights are cached"
+        every = tuple(dict.fromkeys(command for commands in lacking.values() for command in commands))
+        return "absent" if absent else "ok", text, every
     if bench.flag == "compbench":
         commands = _not_cached(ClipModel(COMPBENCH_CLIP).needs)
-        return "absent" if commands else "ok", " && ".join(commands) or "weights are cached"
+        text = "weights are not here (commands below)" if commands else "weights are cached"
+        return "absent" if commands else "ok", text, tuple(commands)
     try:
         bench.scorer(bench.protocols[0])
     except RequestError as error:  # it needs something that a user names
-        return "absent", str(error)
+        return "absent", str(error), ()
     raise AssertionError(f"{bench.key} has a judge, but no stored scores")
 
 
@@ -324,7 +331,7 @@ def save(file: Path, findings: Sequence[Finding], proof: dict[str, Any] | None) 
 
 
 def terminal_report(findings: Sequence[Finding]) -> Group:
-    """A table a part."""
+    """A table a part, and the commands that provide what is absent, a line each."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -333,10 +340,15 @@ def terminal_report(findings: Sequence[Finding]) -> Group:
     tables = []
     for part in dict.fromkeys(finding.part for finding in findings):
         table = Table(box=None, show_header=False, title=part, title_justify="left", title_style="bold")
+        for _ in range(4):
+            table.add_column(overflow="fold")
         for finding in findings:
             if finding.part == part:
                 table.add_row("", Text(finding.name), Text(*styles[finding.state]), Text(finding.text))
         tables.append(table)
+    if commands := dict.fromkeys(command for finding in findings for command in finding.commands):
+        said = "To provide the weights that are not here (accept their licences on the Hub first, `hf auth login`):"
+        return Group(*tables, "", said, *(Text(command, no_wrap=True, overflow="ignore") for command in commands))
     return Group(*tables)
 
 

@@ -15,5 +15,10 @@ class Unavailable(RequestError):
     """
 
 
+def extra(name: str) -> str:
+    """The command that installs an optional part of the toolkit, which is on no package index."""
+    return f'`pip install -c constraints.txt -e ".[{name}]"` in the toolkit\'s folder'
+
+
 class WorkError(RuntimeError):
     """The request was right and the work failed: a full disk, a model that draws NaN. Exit code 1."""

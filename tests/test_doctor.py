@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flowopd_eval import doctor
 from flowopd_eval.benches import BENCHES, bench_by_key
@@ -41,7 +43,7 @@ def test_each_judge_says_what_it_lacks(offline, monkeypatch, tmp_path):
     assert found["ocr (ocr)"].state == "ok"  # the miniature's signs are read by the same engine
     said = {
         "preference (preference)": "hf download yuvalkirstain/PickScore_v1",
-        "preference (shapes_preference)": "aesthetic_v2: hf download openai/clip-vit-large-patch14",
+        "preference (shapes_preference)": "hf download openai/clip-vit-large-patch14",
         "compbench (compbench)": "hf download openai/clip-vit-base-patch32",
         "deqa (deqa)": "--scorer-command",
         "own (own)": "--scorer FILE.py:CLASS",
@@ -50,7 +52,14 @@ def test_each_judge_says_what_it_lacks(offline, monkeypatch, tmp_path):
         "qwenvl (qwenvl)": "--judge-url",
     }
     for name, words in said.items():
-        assert (found[name].state, words in found[name].text) == ("absent", True), found[name]
+        everything = "\n".join((found[name].text, *found[name].commands))
+        assert (found[name].state, words in everything) == ("absent", True), found[name]
+    assert "aesthetic_v2" in found["preference (shapes_preference)"].text
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(doctor.terminal_report(list(found.values())), crop=False)
+    lines = console.export_text().splitlines()
+    for command in found["preference (preference)"].commands:
+        assert lines.count(command) == 1  # whole, to be copied, and once though two benches lack it
     (tmp_path / AESTHETIC.name).touch()
     head = preference_metrics(WEIGHTS)["aesthetic_v2"].head
     assert doctor._not_cached([head]) == []

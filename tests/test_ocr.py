@@ -441,7 +441,7 @@ def test_paddles_pages_are_read_blue_first_enlarged_and_joined_without_a_separat
 def test_a_missing_package_is_unavailable_with_the_command(monkeypatch, engine, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not there: importing it fails
     extra = "ocr" if package == "rapidocr" else "paddle"
-    with pytest.raises(Unavailable, match=re.escape(f"`pip install 'flowopd-eval[{extra}]'`")):
+    with pytest.raises(Unavailable, match=re.escape(f'`pip install -c constraints.txt -e ".[{extra}]"`')):
         engine(OCR_SIDE).identity()
 
 

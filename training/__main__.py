@@ -46,7 +46,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         config = load_recipe(arguments.recipe, arguments.set)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return _fail(error, 2)
     try:
         if arguments.dry_run:

@@ -7,8 +7,9 @@ of range or a pair that cannot work together is refused before anything is loade
 from __future__ import annotations
 
 import tomllib
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -407,7 +408,11 @@ class MergeConfig(_Stage):
 
 Trained = DistillConfig | SFTConfig | GRPOConfig | NFTConfig
 Config = PretrainConfig | AutoencoderConfig | DistillConfig | SFTConfig | GRPOConfig | NFTConfig | MergeConfig
+_STAGES: dict[str, type[Config]] = {get_args(one.model_fields["stage"].annotation)[0]: one for one in get_args(Config)}
 _RECIPE: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="stage")])
+
+
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Config:
@@ -417,15 +422,20 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Config:
         ValueError: names the file, each wrong key and what was expected.
     """
     try:
-        values = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        ours = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise ValueError(
+            f"There is no recipe {path} to read ({error.strerror}). Those in training/recipes: {ours}."
+        ) from None
     for item in overrides or []:
         _override(values, item)
     try:
         return _RECIPE.validate_python(values)
     except ValidationError as error:
-        lines = [f"  {_place(e)}: {e['msg'].removeprefix('Value error, ')}{_got(e)}" for e in error.errors()]
+        lines = [f"  {_explained(e, values)}{_got(e)}" for e in error.errors()]
         raise ValueError(f"{path} is not a valid recipe:\n" + "\n".join(lines)) from None
 
 
@@ -447,9 +457,35 @@ def _override(values: dict[str, Any], item: str) -> None:
         raise ValueError(f"--set {item}: the recipe has no place {key}; lists are counted from 0.") from None
 
 
-def _place(error: Any) -> str:
-    return ".".join(str(part) for part in error["loc"][1:]) or "recipe"
+def _explained(error: Any, values: dict[str, Any]) -> str:
+    """One of pydantic's errors as the place in the recipe and what is right there."""
+    place = ".".join(str(part) for part in error["loc"][1:])
+    match error["type"]:
+        case "union_tag_not_found" | "union_tag_invalid":
+            return f"stage: expected one of {', '.join(_STAGES)}"
+        case "extra_forbidden":
+            meant = get_close_matches(place, known := _settings(_STAGES[values["stage"]]), 1, 0.8)
+            meant = meant or [one for one in known if one.rpartition(".")[2] == error["loc"][-1]]
+            return f"{place}: there is no such setting" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+        case "model_type":
+            return f"{place}: expected a table of settings"
+    return f"{place or 'recipe'}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _settings(part: type[BaseModel]) -> list[str]:
+    """The places that a recipe may set: ``steps``, ``rollout.guidance``, ``teachers.NAME.source``."""
+    places = []
+    for name, field in part.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        between = {"list": ".0", "dict": ".NAME"}.get(getattr(get_origin(field.annotation), "__name__", ""), "")
+        inner = [
+            one for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel) for one in _settings(kind)
+        ]
+        places += [f"{name}{between}.{one}" for one in inner] or [name]
+    return places
 
 
 def _got(error: Any) -> str:
+    if error["type"] == "union_tag_invalid":
+        return f" (got {error['ctx']['tag']!r})"
     return "" if isinstance(error["input"], dict) else f" (got {error['input']!r})"

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flowopd_eval.errors import RequestError, Unavailable
+from flowopd_eval.errors import RequestError, Unavailable, extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,7 @@ class RapidOCREngine(_LineEngine):
         try:
             from rapidocr import RapidOCR
         except (ImportError, RuntimeError) as error:
-            raise Unavailable(f"OCR needs rapidocr ({error}): `pip install 'flowopd-eval[ocr]'`") from error
+            raise Unavailable(f"OCR needs rapidocr ({error}): {extra('ocr')}") from error
         limits = {"Det.limit_side_len": self.side, "Det.limit_type": "min"}
         quiet = {"Global.use_cls": False, "Global.log_level": "critical"}
         return RapidOCR(params={**quiet, **limits, "EngineConfig.onnxruntime.intra_op_num_threads": 1})
@@ -106,7 +106,7 @@ class RapidOCREngine(_LineEngine):
 
 
 PADDLE_DEFAULTS = ("PP-OCRv6_medium_det", "PP-OCRv6_medium_rec")
-_PADDLE_INSTALL = "`pip install 'flowopd-eval[paddle]'`"
+_PADDLE_INSTALL = extra("paddle")
 # Not orientation, unwarping or turned lines: the rule's engine has none of them, and each is a model to fetch.
 _PADDLE_OFF = {"use_doc_orientation_classify": False, "use_doc_unwarping": False, "use_textline_orientation": False}
 _PADDLE_FETCH = (

@@ -159,7 +159,12 @@ def test_every_recipe_reads(path):
     [
         ('stage = "pretrain"\nout = "x"\nsamples = 1\nspeed = 3', [], r"speed.*\(got 3\)"),
         ('stage = "pretrain"\nout = "x"\nsamples = 0', [], "samples: .*greater than 0"),
-        ('stage = "cooking"\nout = "x"', [], "cooking"),
+        ('stage = "cooking"\nout = "x"', [], r"stage: expected one of pretrain, .*distill.*\(got 'cooking'\)"),
+        ('out = "x"', [], "stage: expected one of pretrain"),
+        ('stage = "pretrain"\nout = "x"\nsample = 1', [], "sample: there is no such setting; did you mean samples"),
+        ('stage = "distill"\nout = "x"\nlearning_rate = 1', [], r"did you mean optimizer\.learning_rate\?"),
+        ('stage = "distill"\nout = "x"\n[[tasks]]\nprompt = 1', [], r"tasks\.0\.prompt: .*tasks\.0\.prompts\?"),
+        ('stage = "distill"\nout = "x"\nlora = 3', [], r"lora: expected a table of settings \(got 3\)"),
         ("stage = ", [], "not valid TOML"),
         ('stage = "pretrain"\nout = "x"\nsamples = 1', ["samples"], "key=value"),
         ('stage = "pretrain"\nout = "x"\nsamples = 1', ["samples=many"], "many"),
@@ -178,3 +183,12 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path):
     with pytest.raises(Exception, match=r"pickle|lambda"):
         save_checkpoint(tmp_path, {"step": lambda: 2})
     assert load_checkpoint(tmp_path) == {"step": 1}
+
+
+def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path):
+    for path in (tmp_path / "nowhere.toml", tmp_path):
+        with pytest.raises(ValueError, match=r"no recipe .*tiny_opd"):
+            load_recipe(path)
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bytes\.toml is not valid TOML"):
+        load_recipe(tmp_path / "bytes.toml")
