@@ -16,6 +16,7 @@ from app.told import in_words, saved_file
 from app.wanted import shown
 from flowopd_eval.compare import number, signed
 from flowopd_eval.errors import RequestError
+from flowopd_eval.harness import drawn_differently
 from flowopd_eval.report import Run, by_judge
 from flowopd_eval.store import BenchFolder
 
@@ -280,6 +281,7 @@ def _one_metric(label: str, summaries: Sequence[Mapping[str, Any]]) -> str:
     plot = cards.chart([(name, list(zip(models, cells, strict=True))) for name, cells in rows], axis)
     incomplete = [f"{summary['model']}: {summary['partial']}" for summary in summaries if summary["partial"]]
     note = cards.notice("Partial. " + "; ".join(incomplete)) if incomplete else ""
+    note += "".join(cards.notice(f"Drawn differently: {line}") for line in drawn_differently(summaries))
     caption = "Value with its 95 % interval; overall is the mean over tasks, or what the protocol says."
     return (
         f'<section class="metric"><h3>{cards.escape(label)}</h3>{note}<div class="halves">'

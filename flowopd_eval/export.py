@@ -19,7 +19,7 @@ from typing import Any
 from flowopd_eval import store
 from flowopd_eval.benches import Bench, bench_by_key
 from flowopd_eval.errors import RequestError
-from flowopd_eval.harness import mean_over, protocol_and_engine
+from flowopd_eval.harness import drawn_differently, mean_over, protocol_and_engine
 from flowopd_eval.models import FAMILIES
 from flowopd_eval.quiet import printable
 
@@ -93,7 +93,8 @@ def _table(rows: Sequence[Summary], escape: Callable[[Any], str], cell: str, mar
             cells.append(cell % (f"{one['value']:.3f}" if ends else "--", star, ends))
         table.append([*cells, str(row["n"]), str(row["unscored"]), escape(row["partial"] or "no")])
     over = "pictures" if mean_over(rows[0]) == "images" else "tasks"
-    return escape(f"{_judged(rows[0])}. Value [95 % interval], overall: mean over {over}, * partial."), table
+    unlike = "".join(f" Drawn differently: {line}." for line in drawn_differently(rows))
+    return escape(f"{_judged(rows[0])}. Value [95 % interval], overall: mean over {over}, * partial.{unlike}"), table
 
 
 def _printable(text: Any) -> str:

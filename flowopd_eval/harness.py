@@ -104,6 +104,26 @@ def mean_over(request: Mapping[str, Any]) -> str:
     return protocol.get("mean_over", "tasks") if isinstance(protocol, Mapping) else "tasks"
 
 
+def drawn_differently(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In which settings the models of one table were not drawn alike: ``guidance 4.5 (tiny:base), 1.0 (tiny:ocr)``."""
+    known = {
+        one["model"]: {"seed": one["seed"], **one["generator"]["sampling"]}
+        for one in summaries
+        if one["generator"].get("sampling")
+    }
+    lines = []
+    for name in dict.fromkeys(name for settings in known.values() for name in settings):
+        models: dict[str, list[str]] = defaultdict(list)
+        for model, settings in known.items():
+            models[json.dumps(settings.get(name))].append(model)
+        if len(models) > 1:
+            lines.append(f"{name} " + ", ".join(f"{value} ({', '.join(of)})" for value, of in models.items()))
+    elsewhere = [one["model"] for one in summaries if one["model"] not in known]
+    if known and elsewhere:
+        lines.append(f"settings of {', '.join(elsewhere)} are not known: the pictures come from elsewhere")
+    return lines
+
+
 def protocol_and_engine(summary: Mapping[str, Any]) -> tuple[str, str]:
     """By which rule the pictures were judged and what read them, as far as the scorer's identity tells."""
     scorer = summary["scorer"] if isinstance(summary["scorer"], Mapping) else {"rule": "none", "engine": "none"}

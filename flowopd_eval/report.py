@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from flowopd_eval import store
-from flowopd_eval.harness import Metrics, collect, finish, protocol_and_engine, standard_metrics, summarise
+from flowopd_eval.harness import (
+    Metrics,
+    collect,
+    drawn_differently,
+    finish,
+    protocol_and_engine,
+    standard_metrics,
+    summarise,
+)
 from flowopd_eval.quiet import printable
 from flowopd_eval.records import Sample
 from flowopd_eval.store import BenchFolder
@@ -107,7 +115,8 @@ def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None =
     table.add_column("", overflow="fold")
     for model in summaries:
         table.add_column(_text(model), justify="right", overflow="fold")
-    for label, shown in by_judge([summary for benches in summaries.values() for summary in benches.values()]).items():
+    rows = by_judge([summary for benches in summaries.values() for summary in benches.values()])
+    for label, shown in rows.items():
         of_model = {summary["model"]: summary for summary in shown}
         columns = [of_model.get(model) for model in summaries]
         table.add_row(
@@ -128,6 +137,9 @@ def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None =
         for summary in benches.values()
         if summary["partial"]
     ]
+    unlike = [
+        f"! {label}, drawn differently: {line}" for label, shown in rows.items() for line in drawn_differently(shown)
+    ]
     legend = "bold: overall (mean over tasks, or the protocol's own); value [95 % interval]"
     explained = _text("\n".join([legend, *partial]))
     explained.stylize("dim italic")
@@ -138,7 +150,7 @@ def terminal_table(summaries: Summaries, unavailable: Mapping[str, str] | None =
         for category, one in summary["metrics"].get("not_computed", {}).items()
     ]
     reasons = [_text(f"{key} is unavailable: {why}") for key, why in (unavailable or {}).items()]
-    return Group(table, explained, *elsewhere, *reasons)
+    return Group(table, explained, *map(_text, unlike), *elsewhere, *reasons)
 
 
 def _text(text: str) -> Text:
@@ -249,6 +261,7 @@ def _bench(label: str, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]
         "key": label,
         "bench": summaries[0]["bench"],
         "judge": _judge(summaries[0]),
+        "unlike": drawn_differently(summaries),
         "shares": shares,
         "summaries": summaries,
         "rows": rows,

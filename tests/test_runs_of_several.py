@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from filelock import FileLock
 
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError, WorkError
+from flowopd_eval.harness import drawn_differently
 from flowopd_eval.models import TINY_RECORD, Backbone, fetch_base, resolve
 from flowopd_eval.records import write_settings
 from flowopd_eval.terminal import table_console
@@ -237,3 +239,35 @@ def test_what_is_no_terminal_takes_tables_of_any_width(monkeypatch):
     assert table_console().width > 200
     monkeypatch.setenv("COLUMNS", "72")
     assert table_console().width == 72
+
+
+def test_a_table_says_in_what_its_models_were_not_drawn_alike(command, mine):
+    _, out = mine
+    few = ("--bench", "quality", "--limit", 1, "--samples", 1, "--out", out)
+    code, said, _ = command(*few, "--model", "tiny:base", "--model", "tiny", "--model", "tiny:ocr")
+    assert code == 0, said
+    line = "drawn differently: guidance 4.5 (tiny:base), 1.0 (tiny:student, tiny:ocr)"
+    assert [one.partition(", ")[2] for one in said.splitlines() if "differently" in one] == [line]
+    assert command("report", out, "--format", "md", "--format", "latex")[0] == 0
+    for name in ("report.html", "export/table.md", "export/table.tex"):
+        text = (out / name).read_text().replace("\\", "")
+        assert (
+            len(re.findall(r"guidance 4\.5 \(tiny:base\), 1\.0 \(tiny:(student, tiny:ocr|ocr, tiny:student)", text))
+            == 1
+        ), name
+
+
+def test_only_what_differs_is_said_and_unknown_settings_are_called_so():
+    def one(model, seed, **sampling):
+        return {"model": model, "seed": seed, "generator": {"sampling": sampling or None}}
+
+    assert drawn_differently([one("a", 0, steps=4), one("b", 0, steps=4)]) == []
+    assert drawn_differently([one("a", 0), one("b", 1)]) == []  # both from elsewhere: nothing is known
+    assert drawn_differently([one("a", 0, steps=4), one("b", 7, steps=5, sampler="sde")]) == [
+        "seed 0 (a), 7 (b)",
+        "steps 4 (a), 5 (b)",
+        'sampler null (a), "sde" (b)',
+    ]
+    assert drawn_differently([one("a", 0, steps=4), one("b", 0)]) == [
+        "settings of b are not known: the pictures come from elsewhere"
+    ]

@@ -116,6 +116,7 @@ def test_models_of_guidances_of_their_own_are_compared_and_what_differs_is_told(
         page = RunsTab(runs).open("run")[0]
     assert "Differences" in page
     assert told in page
+    assert "Drawn differently: guidance 4.5 (painter:base), 1.0 (painter:student)" in page
 
 
 OTHERS = ["", ".", "..", "../runs", "/etc", "deep", "deep/two/..", "deep/../deep/two", "deep/two/", "deep\\two", "x\0"]
