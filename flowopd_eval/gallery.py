@@ -143,7 +143,7 @@ def _row(prompt: Prompt, samples: Sequence[Sample], correct_at: float | None) ->
         "id": prompt.id,
         "prompt": prompt.prompt,
         "task": prompt.task,
-        "picture": f"picture {samples[0].k}, seed {samples[0].seed}",
+        "picture": samples[0].which,
         "disagree": any(change(x, y, correct_at) for x, y in combinations(samples, 2)),
         "cells": [
             {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flowopd_eval import store
 from flowopd_eval.errors import RequestError
 from flowopd_eval.harness import collect, standard_metrics
-from flowopd_eval.records import Detection, Prompt, Sample
+from flowopd_eval.records import UNKNOWN_SEED, Detection, Prompt, Sample
 from flowopd_eval.scorers.geneval import check_record, verdict
 from flowopd_eval.store import BenchFolder
 
@@ -126,7 +126,9 @@ def read_results(path: Path) -> list[Replay]:
         prompt = Prompt(key, read.prompt, read.tag, read.metadata)
         check_record(prompt)
         k, pictures[key] = pictures[key], pictures[key] + 1
-        sample = Sample(key, k, read.tag, read.prompt, -1, read.filename, "", float(read.correct), read.reason)
+        sample = Sample(
+            key, k, read.tag, read.prompt, UNKNOWN_SEED, read.filename, "", float(read.correct), read.reason
+        )
         found.append(_replay(sample, prompt, read.details))
     if not found:
         raise RequestError(f"{path} has no results.")

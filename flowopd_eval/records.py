@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Box = tuple[float, float, float, float]
 
+UNKNOWN_SEED = -1  # of pictures that were drawn elsewhere
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -78,6 +80,11 @@ class Sample:
     reason: str = ""
     detail: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
+
+    @property
+    def which(self) -> str:
+        """Which picture of its prompt it is, in words."""
+        return f"picture {self.k}, seed {'unknown' if self.seed == UNKNOWN_SEED else self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """The line as a dictionary, keys in the order of the fields."""

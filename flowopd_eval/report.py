@@ -318,7 +318,7 @@ def _card(sample: Sample, correct_at: float | None) -> dict[str, Any]:
         "verdict": verdict(sample, correct_at),
         "score": sample.score,
         "reason": sample.reason or sample.error or "",
-        "picture": f"picture {sample.k}, seed {sample.seed}",
+        "picture": sample.which,
         "boxes": boxes(sample.detail)[:_BOXES],
     }
 

@@ -32,10 +32,8 @@ from flowopd_eval.harness import (
     standard_metrics,
     termination_as_interrupt,
 )
-from flowopd_eval.records import Prompt, Sample, Score, Scorer
+from flowopd_eval.records import UNKNOWN_SEED, Prompt, Sample, Score, Scorer
 from flowopd_eval.store import WHOLE, BenchFolder
-
-UNKNOWN_SEED = -1  # of pictures that were drawn elsewhere
 
 
 def rescore(

@@ -26,6 +26,7 @@ from flowopd_eval import harness, store
 from flowopd_eval.errors import RequestError, WorkError
 from flowopd_eval.harness import Interrupted, finish, plan, run_bench
 from flowopd_eval.records import Score
+from flowopd_eval.report import write_report
 from flowopd_eval.rescore import import_geneval, rescore
 from flowopd_eval.store import BenchFolder, Shard
 
@@ -547,6 +548,8 @@ def test_pictures_in_geneval_s_layout_are_judged_where_they_were_copied(tmp_path
     )
     sample = store.read_samples(folder.samples)[3]
     assert (sample.id, sample.k, sample.task, sample.prompt) == ("00001", 0, "colors", "a photo of 1 cats")
+    assert sample.which == "picture 0, seed unknown"
+    assert "seed -1" not in write_report(folder.out).read_text()
     assert (folder.path / sample.file).read_bytes() == (source / "00001/samples/0000.png").read_bytes()
     assert folder.prompts()[1].fields == {"include": [{"class": "cat", "count": 1}]}
     judge = Judge()

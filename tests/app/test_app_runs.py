@@ -87,7 +87,7 @@ def test_a_picture_comes_at_full_size_with_what_decided_it(runs_folder):
     assert shown == one
     assert intact
     assert facts["sha256"] == one.sample.sha256
-    assert facts["seed"] == one.sample.seed
+    assert facts["which"] == f"picture {one.sample.k}, seed {one.sample.seed}"
     assert facts["generator.model"] == "painter:base"
     assert facts["judge.name"] == "red"
 
