@@ -5,17 +5,18 @@ anchor, rank 32. Without one: two of its 24 layers at 128² (``results/distillat
 compute in fp32 and only the number of forwards differs. ``--miniature``: see :mod:`benchmarks.distillation_tiny`.
 
 Before anything is timed, the gradients of both sides are compared in fp32 (they must be the same), and that of ours in
-its own precision with the fp32 reference at the same states. ``--modes`` times modes of ours, by name, against ours;
+its own precision with the fp32 reference at the same states. What is stopped leaves the figures that it had, marked
+``unfinished``. ``--modes`` times modes of ours, by name, against ours;
 :data:`NOT_BUILT` says which there are not.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -52,7 +53,10 @@ class Plan:
 UNIT = "samples·steps"
 
 
-def compare(plan: Plan, device: torch.device, repetitions: int) -> dict[str, Any]:
+SoFar: TypeAlias = Callable[[Mapping[str, Any]], object]  # is given the figures as they grow
+
+
+def compare(plan: Plan, device: torch.device, repetitions: int, so_far: SoFar = lambda found: None) -> dict[str, Any]:
     """Ours against the public loop; their gradients first."""
     sides, dtype = Sides.random(plan.scale, device), getattr(torch, plan.scale.dtype)
     config = plan.recipe(plan.micros[0])
@@ -64,10 +68,12 @@ def compare(plan: Plan, device: torch.device, repetitions: int) -> dict[str, Any
     print(f"Weights: public {weights['public']:.2f} GB, ours {weights['ours']:.2f} GB.")
     results = _facts(plan) | {"cosines": cosines, "weights_gb": weights, "by_micro_batch": {}}
     results["weights_ratio"] = weights["public"] / weights["ours"]
+    so_far(results)
     for micro in plan.micros:
         one = _at(ours, plan, micro)
         both = {"public": partial(public_update, public, one), "ours": one.update}
         results["by_micro_batch"][str(micro)] = _timed(both, plan, repetitions, micro)
+        so_far(results)
     last = _at(ours, plan, plan.micros[-1])
     asked = {"ours": last.update, "public": partial(public_update, public, last)}
     results["host_waits_an_update"] = {name: waits(work) for name, work in asked.items()}
@@ -76,13 +82,16 @@ def compare(plan: Plan, device: torch.device, repetitions: int) -> dict[str, Any
     for micro in plan.alone:
         one = _at(ours, plan, micro)
         results["by_micro_batch"][f"{micro}, ours alone"] = _timed({"ours": one.update}, plan, repetitions, micro)
+        so_far(results)
     ours_at = {int(n.split(",")[0]): found["variants"]["ours"] for n, found in results["by_micro_batch"].items()}
     micro = max(ours_at, key=lambda n: _pace(ours_at[n]))
     share = _share(_at(ours, plan, micro), plan, micro, ours_at[micro]["median_s"], device, dtype)
     return results | {"share_at_micro_batch": micro} | share
 
 
-def compare_modes(plan: Plan, device: torch.device, repetitions: int, modes: Sequence[str]) -> dict[str, Any]:
+def compare_modes(
+    plan: Plan, device: torch.device, repetitions: int, modes: Sequence[str], so_far: SoFar = lambda found: None
+) -> dict[str, Any]:
     """Modes of ours against ours, each with the cosine of its gradient."""
     sides, dtype = Sides.random(plan.scale, device), getattr(torch, plan.scale.dtype)
     micro = plan.micros[-1]
@@ -104,16 +113,25 @@ def compare_modes(plan: Plan, device: torch.device, repetitions: int, modes: Seq
             continue
         cosines[name] = measure.alike(f"Gradient of the mode {name!r}", found, expected, least)
         made[name] = one
-    timings = measure.take_turns({name: one.update for name, one in made.items()}, repetitions)
+    facts = _facts(plan) | {"micro_batch": micro, "cosines": cosines, "not_built": NOT_BUILT, "failed": failed}
+
+    def figures(timings: Mapping[str, measure.Timing]) -> dict[str, Any]:
+        paces = {
+            name: timing.to_json(trained(made[name].stage.config), "samples_steps") for name, timing in timings.items()
+        }
+        return facts | {
+            "modes": paces,
+            "times_ours": {name: measure.ratio(timings["ours"], timings[name]) for name in cosines},
+        }
+
+    so_far(facts)
+    work = {name: one.update for name, one in made.items()}
+    timings = measure.take_turns(work, repetitions, after_round=lambda timings: so_far(figures(timings)))
     rows = measure.rows_of(timings, plan.batch * plan.steps, UNIT, "ours")
     for row, one in zip(rows, made.values(), strict=True):
         row[f"{UNIT}/s"] = trained(one.stage.config) / row["median s"]
     measure.show(f"Modes of ours, {micro} samples at a time; a window trains fewer of the steps that it draws", rows)
-    return _facts(plan) | {
-        "micro_batch": micro, "cosines": cosines, "not_built": NOT_BUILT, "failed": failed,
-        "modes": {n: t.to_json(trained(made[n].stage.config), "samples_steps") for n, t in timings.items()},
-        "times_ours": {name: measure.ratio(timings["ours"], timings[name]) for name in cosines},
-    }  # fmt: skip
+    return figures(timings)
 
 
 def _at(ours: Ours, plan: Plan, micro: int) -> Ours:
@@ -176,13 +194,19 @@ def main() -> int:
     plan = Plan(SMOKE, 3, 4, (2,), (4,)) if asked.smoke else plan
     plan = replace(plan, micros=tuple(asked.micro)) if asked.micro else plan
     name = "distillation-cuda" if device.type == "cuda" else "distillation-reduced-cpu"
+    name += "" if asked.modes is None else "-modes"
+
+    def so_far(found: Mapping[str, Any]) -> None:
+        if not asked.smoke:
+            measure.keep_so_far(name, found | {"unfinished": True})
+
     try:
         if asked.modes is None:
-            measure.keep(name, compare(plan, device, asked.repetitions), asked.smoke)
+            measure.keep(name, compare(plan, device, asked.repetitions, so_far), asked.smoke)
         else:
             modes = asked.modes or list(MODES)
-            found = compare_modes(plan, device, asked.repetitions, modes)
-            measure.keep(f"{name}-modes", found, asked.smoke)
+            found = compare_modes(plan, device, asked.repetitions, modes, so_far)
+            measure.keep(name, found, asked.smoke)
             return int(bool(found["failed"]))
     except WorkError as error:
         print(f"benchmarks.distillation: {error}", file=sys.stderr)

@@ -61,10 +61,16 @@ def cuda() -> Any | None:
     return torch.cuda if torch is not None and torch.cuda.is_available() else None
 
 
-def take_turns(variants: Mapping[str, Callable[[], object]], repetitions: int, warm_up: int = 1) -> dict[str, Timing]:
+def take_turns(
+    variants: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    warm_up: int = 1,
+    after_round: Callable[[dict[str, Timing]], object] = lambda timings: None,
+) -> dict[str, Timing]:
     """Time the variants, each once a round, so that whatever else the machine does meets all of them.
 
-    Every other round goes backwards. ``warm_up`` calls of each come first and are not counted.
+    Every other round goes backwards. ``warm_up`` calls of each come first and are not counted. ``after_round`` is
+    called with the timings so far.
     """
     for work in variants.values():
         for _ in range(warm_up):
@@ -77,7 +83,9 @@ def take_turns(variants: Mapping[str, Callable[[], object]], repetitions: int, w
             seconds[name].append(took)
             if peak is not None:
                 peaks[name] = max(peaks.get(name, 0), peak)
-    return {name: Timing(tuple(found), peaks.get(name)) for name, found in seconds.items()}
+        timings = {name: Timing(tuple(found), peaks.get(name)) for name, found in seconds.items()}
+        after_round(timings)
+    return timings
 
 
 def timed(work: Callable[[], object]) -> tuple[float, int | None]:
@@ -208,10 +216,16 @@ def keep(name: str, results: Mapping[str, Any], smoke: bool) -> None:
     if smoke:
         print("A smoke run: nothing is written.")
         return
+    path = keep_so_far(name, results)
+    print(f"Written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}.")
+
+
+def keep_so_far(name: str, results: Mapping[str, Any]) -> Path:
+    """Write ``results/NAME.json`` without a word: of what is stopped before its end, the figures that it had."""
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**results, "machine": machine()}, indent=2) + "\n")
-    print(f"Written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}.")
+    return path
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

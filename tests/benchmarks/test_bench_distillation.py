@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -116,7 +117,13 @@ def test_a_mode_that_fails_does_not_cost_the_others(monkeypatch, capsys):
         raise RuntimeError("no compiler")
 
     monkeypatch.setitem(loops.MODES, "blocks compiled", broken)
-    found = distillation.compare_modes(SHORT, CPU, 1, ["blocks compiled", "gradient checkpointing"])
+    so_far = []
+    found = distillation.compare_modes(
+        SHORT, CPU, 2, ["blocks compiled", "gradient checkpointing"], lambda found: so_far.append(dict(found))
+    )
+    assert "modes" not in so_far[0]  # the gradients come first
+    assert [one["modes"]["ours"]["repetitions"] for one in so_far[1:]] == [1, 2]
+    assert so_far[-1] == found
     assert found["failed"] == {"blocks compiled": "RuntimeError: no compiler"}
     assert list(found["modes"]) == ["ours", "gradient checkpointing"]
     assert list(found["times_ours"]) == ["gradient checkpointing"]
@@ -141,7 +148,11 @@ def test_modes_are_held_to_the_gradient_of_ours(monkeypatch, capsys):
 
 
 def test_all_figures_of_a_comparison_are_there(capsys):
-    found = distillation.compare(SHORT, CPU, 1)
+    so_far = []
+    found = distillation.compare(SHORT, CPU, 1, lambda found: so_far.append(json.dumps(found)))
+    kept = [json.loads(one) for one in so_far]
+    assert [len(one["by_micro_batch"]) for one in kept] == [0, *range(1, 1 + len(SHORT.micros) + len(SHORT.alone))]
+    assert all(one["cosines"] == found["cosines"] for one in kept)
     assert found["weights_ratio"] > 4
     assert found["by_micro_batch"]["2"]["times_public"]["ratio"] > 0
     assert found["share_of_matmul_rate"] > 0
