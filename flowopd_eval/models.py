@@ -137,6 +137,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 DEFAULT_MEMBERS = ("student", "base")
+OURS = ("StableDiffusion3Pipeline", "FlowOPDPipeline")  # pipelines that FlowOPDPipeline draws for
 ANYTHING = "anything"  # what a model draws of which nothing is known
 
 
@@ -337,6 +338,23 @@ def fetch_base(source: str) -> Path:
     return fetch_files(source, ["*.json", "*.txt", "*.model", "*/*.safetensors"])[0]
 
 
+def pipeline_class(base: str) -> str:
+    """The class of a pipeline by its ``model_index.json``.
+
+    Raises:
+        RequestError: there is none, or it is not JSON.
+    """
+    folder = fetch_files(base, ["model_index.json"])[0] if base.startswith("hub:") else Path(base)
+    path = folder / "model_index.json"
+    try:
+        return str(json.loads(path.read_bytes())["_class_name"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RequestError(
+            f"{base} is no pipeline of diffusers: it has no model_index.json that names a class. For a LoRA, name its "
+            "base with --model and the LoRA with --lora."
+        ) from error
+
+
 def folder_sha256(folder: Path) -> str:
     """One hash of every weight and configuration file of a diffusers folder, by relative path and content.
 
@@ -462,6 +480,30 @@ class Backbone:
 
         limits = self.pipeline.text_limits
         return [prompt for prompt in prompts if longer_than_all(prompt.prompt, limits)]
+
+
+def load_pipeline(*names: str, device: str = "cpu", dtype: str | None = None) -> FlowOPDPipeline:
+    """Models by the names that ``--model`` takes, as one pipeline: each is an expert by its full name.
+
+    Without its backbone being named, too, it is there: ``expert=None`` draws with it.
+
+    Args:
+        *names: ``tiny``, ``flow-opd:ocr``, a folder, ``hub:REPO@REVISION``; all on one Stable Diffusion 3 backbone.
+        device: where it runs.
+        dtype: float32, bfloat16 or float16; None takes the models' record.
+
+    Raises:
+        RequestError: no such model, models of several backbones, or of another pipeline than SD3's.
+    """
+    specs = [resolve(name) for name in names]
+    bases = dict.fromkeys(spec.base for spec in specs)
+    if len(bases) != 1:
+        raise RequestError(f"A pipeline has one backbone, but {', '.join(names) or 'no name'} has {len(bases)}.")
+    (base,) = bases
+    if is_userfile(base) or (base != "builtin:tiny" and (kind := pipeline_class(base)) not in OURS):
+        what = "a function of yours" if is_userfile(base) else f"a {kind}"
+        raise RequestError(f"{base} is {what}: this pipeline is for models of Stable Diffusion 3.")
+    return Backbone(base, specs, device, dtype).pipeline
 
 
 @dataclass(frozen=True)

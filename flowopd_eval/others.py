@@ -7,7 +7,6 @@ drawn in. What a pipeline does with it (precision of the noise, steps that draw 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flowopd_eval.download import fetch_files
 from flowopd_eval.errors import RequestError, WorkError
-from flowopd_eval.models import Backbone, ModelSpec, folder_sha256
+from flowopd_eval.models import OURS, Backbone, ModelSpec, folder_sha256, pipeline_class
 from flowopd_eval.records import Generator, Prompt, SamplingRecord
 from flowopd_eval.userfile import is_userfile, load_attribute
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _log = logging.getLogger(__name__)
-OURS = ("StableDiffusion3Pipeline", "FlowOPDPipeline")  # pipelines that FlowOPDPipeline draws for
 _FILES = ["*.json", "*.txt", "*.model", "*/*.safetensors"]  # nothing that would have to be unpickled
 
 
@@ -60,23 +58,6 @@ def open_models(base: str, specs: Sequence[ModelSpec], device: str, dtype: str |
     if base != "builtin:tiny" and pipeline_class(base) not in OURS:
         return DiffusersModel(base, specs, device, dtype)
     return Backbone(base, specs, device, dtype)
-
-
-def pipeline_class(base: str) -> str:
-    """The class of a pipeline by its ``model_index.json``.
-
-    Raises:
-        RequestError: there is none, or it is not JSON.
-    """
-    folder = fetch_files(base, ["model_index.json"])[0] if base.startswith("hub:") else Path(base)
-    path = folder / "model_index.json"
-    try:
-        return str(json.loads(path.read_bytes())["_class_name"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RequestError(
-            f"{base} is no pipeline of diffusers: it has no model_index.json that names a class. For a LoRA, name its "
-            "base with --model and the LoRA with --lora."
-        ) from error
 
 
 class DiffusersModel:

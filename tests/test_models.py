@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diffusers import SD3Transformer2DModel
 from loopback_hub import files_of, hub, hub_environment
@@ -22,11 +23,12 @@ from flowopd_eval.models import (
     fetch_base,
     folder_sha256,
     load_adapter,
+    load_pipeline,
     pass_on_settings,
     resolve,
     short_name,
 )
-from flowopd_eval.records import SD35_RECORD, SamplingRecord, write_settings
+from flowopd_eval.records import SD35_RECORD, Prompt, SamplingRecord, write_settings
 
 
 def test_names_of_record():
@@ -205,3 +207,27 @@ def test_an_adapter_of_another_backbone_of_the_same_shapes_is_told(tmp_path, mon
     backbone = Backbone(base, [resolve("tiny:base", str(tmp_path / "mine"))], "cpu", None)
     said = f"tiny:base+mine: its adapter_config.json says that it was made for {made_for}"
     assert (said in backbone.notice) == told
+
+
+def test_models_by_name_are_one_pipeline_and_draw_as_the_command_does(tmp_path):
+    pipeline = load_pipeline("tiny", "tiny:ocr")
+    assert pipeline.experts == ("tiny:student", "tiny:ocr")
+    ours = pipeline("a red star", expert="tiny:ocr", seed=7).images[0]
+    spec = resolve("tiny:ocr")
+    generator = Backbone(spec.base, [spec], "cpu", None).generator(spec, spec.record)
+    assert np.array_equal(ours, generator.generate([Prompt("a", "a red star", "colors")], [7])[0])
+    assert not np.array_equal(ours, pipeline("a red star", expert="tiny:student", seed=7).images[0])
+
+
+def test_a_pipeline_has_one_backbone_and_it_is_sd3(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "users.py").write_text("def draw(prompts, seeds): ...")
+    for names, message in (
+        ([], "no name has 0"),
+        (["tiny", "flow-opd"], "tiny, flow-opd has 2"),
+        ([str(tmp_path / "other")], "is a FluxPipeline"),
+        ([f"{tmp_path}/users.py:draw"], "is a function of yours"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            load_pipeline(*names)
