@@ -29,6 +29,9 @@ def push(
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="For everybody to see (default: private).")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; send nothing.")] = False,
+    save: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write all of it into a new folder, card included.")
+    ] = None,
 ) -> None:
     """Publish an adapter with its card, a run as a dataset, or the app as a Space: private unless told otherwise.
 
@@ -38,6 +41,7 @@ def push(
 
     from flowopd_eval.hub.layout import METRICS
     from flowopd_eval.hub.push import asked, stage, upload
+    from flowopd_eval.hub.repository import CARD, write_files
     from flowopd_eval.hub.there import check_token, look, refuse
 
     disable_progress_bars()  # one for each of dozens of pictures
@@ -51,6 +55,9 @@ def push(
         _show(repository, name, there, public)
         _tell_lost_scores(there, repository, bool(runs))
         refuse(there, repository, name, public=public)
+        if save:
+            write_files(repository, save)
+            typer.echo(f"Written to {save}; the card is {save / CARD}.")
         if dry_run:
             typer.echo("Dry run: nothing was sent.")
             return

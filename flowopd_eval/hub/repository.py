@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,27 @@ class Repository:
         """Bytes of a file."""
         content = self.files[path]
         return len(content) if isinstance(content, bytes) else content.stat().st_size
+
+
+def write_files(repository: Repository, folder: Path) -> None:
+    """Write every file below ``folder``, to be looked at as it will be on the Hub.
+
+    Raises:
+        RequestError: ``folder`` holds something already, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be a folder ({error.strerror}): name a new one to write into.") from error
+    if any(folder.iterdir()):
+        raise RequestError(f"{folder} is not empty: name a new folder, in which nothing but the push will be.")
+    for path, content in repository.files.items():
+        place = folder / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            place.write_bytes(content)
+        else:
+            shutil.copyfile(content, place)
 
 
 def without_paths(value: Any) -> Any:

@@ -82,12 +82,23 @@ def test_one_model_has_one_name(hub, pushed):
     assert summary["model"] == summary["generator"]["model"] == f"tiny:base+{pushed}"
 
 
-def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, finished, pushed):
+def test_the_same_again_is_no_commit_and_sends_no_file(machine, hub, trained, finished, pushed, tmp_path):
     head, before = of(hub, pushed).head, len(hub.log)
     answer = machine("push", trained / "adapter", pushed, "--run", finished)
     assert answer.code == 0, answer.err
     assert "No file has changed" in answer.out
     assert of(hub, pushed).head == head
+    before = len(hub.log)
+    look = tmp_path / "look"
+    answer = machine("push", trained / "adapter", pushed, "--run", finished, "--dry-run", "--save", look)
+    assert answer.code == 0, answer.err
+    assert f"the card is {look / 'README.md'}" in answer.out
+    saved = {path.relative_to(look).as_posix(): path.read_bytes() for path in look.rglob("*") if path.is_file()}
+    there = {name: content for name, content in of(hub, pushed).files.items() if name != ".gitattributes"}
+    assert saved == there
+    again = machine("push", trained / "adapter", pushed, "--run", finished, "--save", look)
+    assert again.code == 2
+    assert "is not empty" in again.err
     assert not [line for line in hub.log[before:] if line.startswith("PUT") or "/commit/" in line]
 
 
