@@ -81,7 +81,7 @@ def wanted(values: Mapping[str, Any]) -> Wanted:
 def _sentence(one: Mapping[str, Any]) -> str:
     words = _WORDS.get(one["type"], one["msg"].removeprefix("Value error, "))
     got = "" if isinstance(one["input"], dict) else f" (got {shown(repr(one['input']), 60)})"
-    if one["type"] in ("string_too_short", "too_short", "missing") or one["input"] is None:
+    if one["type"] in ("string_too_short", "too_short", "missing", "value_error") or one["input"] is None:
         got = ""
     field = str(one["loc"][0])
     return f"{_CALLED.get(field, field.capitalize())}: {words.format(**one.get('ctx', {}))}{got}."

@@ -17,6 +17,7 @@ RIGHT = {"prompt": "a star", "seed": 3, "arms": ["base"]}
         ({"prompt": " \n "}, "Prompt: write something"),
         ({"prompt": "x" * (PROMPT + 1)}, f"at most {PROMPT}"),
         ({"prompt": 7}, "expected text"),
+        ({"prompt": "a\u200b\u200bstar\u202e"}, "remove the characters that cannot be seen: U+200B, U+202E."),
         ({"seed": -1}, "Seed: expected 0 or more"),
         ({"seed": SEED + 1}, f"expected {SEED} or less"),
         ({"seed": 1.5}, "whole number"),
@@ -79,5 +80,5 @@ def test_characters_that_join_others_are_kept(joined):
 
 @pytest.mark.parametrize("unseen", ["\0", "\x1b", "\u202e"])
 def test_characters_that_cannot_be_seen_are_refused_by_their_code_points(unseen):
-    with pytest.raises(RequestError, match=rf"Prompt: remove the characters .*: U\+{ord(unseen):04X} "):
+    with pytest.raises(RequestError, match=rf"Prompt: remove the characters .*: U\+{ord(unseen):04X}\.$"):
         wanted({"prompt": f"a star{unseen}", "seed": 1, "arms": ["base"]})
