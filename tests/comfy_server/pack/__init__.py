@@ -2,7 +2,7 @@
 
 ComfyUI ties the sizes of its text encoders and autoencoders to known models, so that of the miniature only the
 transformer loads as it is. Its autoencoder is ComfyUI's own with the miniature's numbers, and its text encoder a table
-of prompts encoded beforehand. Written against ComfyUI 0.3.64 and 0.8.0.
+of prompts encoded beforehand. Written against ComfyUI 0.3.64, 0.8.0 and 0.33.0.
 """
 
 from __future__ import annotations
