@@ -138,6 +138,16 @@ def test_pictures_that_fail_apart_say_more_than_prompts_that_fail_whole() -> Non
     assert whole.low == pytest.approx(statistics.wilson_interval(whole.value, 80)[0])  # Kish: 320 pictures / 4
 
 
+def test_the_design_effect_is_kishs_averaged_with_one_prompt_of_the_worst_kind() -> None:
+    """Three of 20 prompts fail two of their four pictures: by hand, Kish's effect is the ratio of two variances."""
+    clusters = [[1.0] * 4] * 17 + [[0.0, 0.0, 1.0, 1.0]] * 3
+    means = np.array([4.0] * 17 + [2.0] * 3) / 4
+    effect = (means.var(ddof=1) / 20) / (means.mean() * (1 - means.mean()) / 80)
+    assert 1 < effect < 4
+    low, _ = statistics.wilson_interval(float(means.mean()), 80 / ((3 * effect + 4) / 4))
+    assert statistics.mean_interval(clusters).low == pytest.approx(low)
+
+
 def test_scores_between_0_and_1_of_few_prompts_are_the_bootstraps() -> None:
     """No prompt is right as a whole, so there are no rare failures: Wilson's width would be that of coin throws."""
     interval = statistics.mean_interval([[0.45 + 0.01 * i] for i in range(8)])
@@ -325,6 +335,13 @@ def test_difference_covers_the_truth_as_often_as_it_says() -> None:
 def test_five_prompts_that_all_turn_right_are_not_certainty() -> None:
     interval = statistics.paired_difference(scores([[0.0]] * 5), scores([[1.0]] * 5))
     assert bounds(interval) == pytest.approx((2 * statistics.wilson_interval(1.0, 5)[0] - 1, 1.0))
+
+
+def test_prompts_that_all_differ_by_half_get_wilson_on_the_scale_of_differences() -> None:
+    interval = statistics.paired_difference(scores([[0.0, 0.0]] * 5), scores([[1.0, 0.0]] * 5))
+    low, high = statistics.wilson_interval(0.75, 5)  # -1..1 on 0..1
+    assert interval.value == 0.5
+    assert bounds(interval) == pytest.approx((2 * low - 1, 2 * high - 1))
 
 
 def test_prompts_on_one_side_only_are_refused_with_their_count() -> None:
